@@ -1,0 +1,71 @@
+"""`distill-train`: train a student from stores, a live teacher, or both."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="logitstore")
+@click.option("--student", help="An mlx-lm model folder, a .gguf file, or a hub id.")
+@click.option("--dataset", help="A .jsonl or .parquet file, an mlx-lm data folder, or a hub dataset.")
+@click.option("--out", help="A new folder for the adapter or model, its metrics and config.")
+@click.option("--store", multiple=True, help="A store to read; several are asked in order.")
+@click.option("--teacher", help="A live teacher: alone, for online distillation; with a store, for its misses.")
+@click.option("--adapter-path", help="A LoRA adapter of the teacher.")
+@click.option("--split", default="train", show_default=True, help="Which split of a data folder or hub dataset.")
+@click.option(
+    "--on-miss",
+    type=click.Choice(["online", "hard-only", "skip", "error"]),
+    help="What a position does that the store has no answer for.  [default: online with a teacher, else error]",
+)
+@click.option("--write-back", is_flag=True, help="Keep the teacher's answers in the first store.")
+@click.option("--alpha", default=0.9, show_default=True, help="Weight of distillation; cross-entropy weighs 1 - alpha.")
+@click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
+@click.option("--temperature", type=float, help="Softmax temperature.  [default: the store's, else 1]")
+@click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)
+@click.option("--num-layers", default=16, show_default=True, help="How many of the last layers LoRA adapts; -1: all.")
+@click.option("--iters", default=1000, show_default=True, help="Steps.")
+@click.option("--batch-size", default=4, show_default=True, help="Documents in a step.")
+@click.option("--max-seq-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
+@click.option("--learning-rate", default=1e-5, show_default=True)
+@click.option("--keep-layers", type=int, help="Cut the student to N evenly spaced layers first.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the order of documents and of new parameters.")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML with these names as keys.")
+@click.option("--quiet", is_flag=True, help="No progress bars.")
+@click.pass_context
+def main(context: click.Context, config_file: Path | None, **options: Any) -> None:
+    """Train a student on a teacher's next-token distributions, from a store, a live teacher, or both."""
+    with one_line_errors("Nothing was saved: the run had not begun."):
+        from distill_trainer.config import read_config
+
+        values = read_config(config_file) if config_file else {}
+        for name, value in options.items():
+            typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            if typed or (name not in values and value not in (None, ())):
+                values[name] = value
+        for name in ("student", "dataset", "out"):
+            if not values.get(name):
+                raise click.UsageError(f"Missing option '--{name}'.")
+        say_blas()
+        from distill_trainer.config import TrainConfig
+        from distill_trainer.train import train
+
+        if isinstance(values.get("store"), str):
+            values["store"] = [values["store"]]
+        values["store"] = tuple(values.get("store", ()))
+        config = TrainConfig(**values)
+        report = train(config, lambda line: None if config.quiet else click.echo(line))
+        click.echo(
+            f"{report.steps:,} steps, {report.trained_tokens:,} tokens at {report.tokens_per_second:,.0f} tokens/s; "
+            f"{report.count.hits:,} hits, {report.count.misses:,} misses (positions)"
+        )
+        click.echo(f"load it with {report.load_with}")
+    if report.interrupted:
+        click.echo(f"Stopped after {report.steps:,} of {config.iters:,} steps; what was learned is saved.", err=True)
+        sys.exit(INTERRUPTED)

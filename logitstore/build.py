@@ -1,0 +1,161 @@
+"""Build a store: dataset and teacher in, shards out. Reads from top to bottom.
+
+What is finished stays: every teacher batch is journalled, so a build that was killed goes on where it was, and one that is
+finished computes nothing when it is run again.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from logitstore.documents import read_documents
+from logitstore.errors import ConfigError, DatasetError
+from logitstore.journal import ShardWriter
+from logitstore.manifest import Manifest
+from logitstore.plan import Part, plan_batches, plan_shards, unique
+from logitstore.selection import Selection
+from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
+from logitstore.teacher import Teacher
+from logitstore.zarr_store import ZarrStore
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What `logitstore build` takes; the names are its flags."""
+
+    teacher: str
+    dataset: str
+    out: Path
+    adapter_path: str | None = None
+    split: str = "train"
+    select: str = "threshold:16"
+    temperature: float = 1.0
+    max_length: int = 2048
+    batch_tokens: int = 2048
+    limit: int | None = None
+    seed: int = 0
+    shard: str = "1/1"
+    dry_run: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        Selection.parse(self.select)
+        Part.parse(self.shard)
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature {self.temperature:g} is not above 0; type --temperature 1")
+        if self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens is {self.batch_tokens}, expected at least 1; type --batch-tokens 2048")
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did."""
+
+    tokenized: TokenizeReport
+    computed_documents: int
+    computed_positions: int
+    """Positions that the teacher was run for."""
+    elapsed_s: float
+    """Time in the teacher, selection, codec and disk; loading and tokenising apart."""
+    store_documents: int
+    store_positions: int
+    disk_bytes: int
+
+    @property
+    def positions_per_second(self) -> float:
+        """Positions written per second of the build proper."""
+        return self.computed_positions / self.elapsed_s if self.elapsed_s else 0.0
+
+
+def build(config: BuildConfig, say: Callable[[str], None] = lambda line: None) -> BuildReport:
+    """Build, extend or finish a store.
+
+    Args:
+        say: takes one line of text at a time for the user.
+
+    Raises:
+        LogitstoreError: see `logitstore.errors`; nothing that was finished is lost.
+    """
+    selection, part = Selection.parse(config.select), Part.parse(config.shard)
+    if config.out.exists():
+        ZarrStore(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
+    teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    manifest = teacher.manifest(selection, config.temperature, config.seed)
+    report = TokenizeReport()
+    documents = unique(read_sequences(config, teacher, report))
+    say(describe(report, len(documents)))
+
+    store = open_or_create(config.out, manifest, teacher)
+    with ShardWriter(store, f"build-{part.index}-of-{part.count}") as writer:
+        todo = {key: s for key, s in documents.items() if part.holds(key) and key not in store}
+        missing = {key: s for key, s in todo.items() if key not in writer}
+        if len(missing) < len(documents):
+            say(
+                f"{len(documents) - len(missing):,} documents are already there, or another part's; {len(missing):,} to do"
+            )
+        started = time.perf_counter()
+        with tqdm(
+            total=sum(len(s.trained) for s in missing.values()), unit="tok", desc="teacher", disable=config.quiet or not missing
+        ) as bar:
+            for shard in plan_shards(todo):
+                rest = {key: todo[key] for key in shard if key not in writer}
+                for batch in plan_batches(rest, config.batch_tokens):
+                    writer.append(teacher.records([rest[key].token_ids for key in batch], manifest.recipe))
+                    bar.update(sum(len(rest[key].trained) for key in batch))
+                writer.commit(shard)
+            if writer.pending:  # of a dataset that has been edited since; the teacher's answers are true all the same
+                writer.commit(list(writer.pending))
+    return BuildReport(
+        tokenized=report,
+        computed_documents=len(missing),
+        computed_positions=sum(len(s.trained) for s in missing.values()),
+        elapsed_s=time.perf_counter() - started,
+        store_documents=len(store),
+        store_positions=store.positions,
+        disk_bytes=store.disk_bytes,
+    )
+
+
+def read_sequences(config: BuildConfig, teacher: Teacher, report: TokenizeReport) -> list[TokenSequence]:
+    """Read and tokenise the dataset.
+
+    Raises:
+        DatasetError: missing, malformed, or without a single usable document.
+    """
+    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+    bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=config.quiet)
+    sequences = list(tokenize(bar, teacher.tokenizer, config.max_length, report))
+    if not sequences:
+        raise DatasetError(
+            f"{config.dataset} has {report.documents:,} documents, but none with two tokens and a trained position; "
+            "type --dataset with another file"
+        )
+    return sequences
+
+
+def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> ZarrStore:
+    """Open the store at `path` if it may be extended by this teacher, or begin it.
+
+    Raises:
+        IncompatibleStoreError: it was built by another teacher, tokenizer or recipe.
+        StoreWriteError: the place cannot be written.
+    """
+    store = ZarrStore(path) if path.exists() else ZarrStore.create(path, manifest, teacher.vocabulary)
+    store.manifest.require_compatible(manifest, path)
+    return store
+
+
+def describe(report: TokenizeReport, different: int) -> str:
+    """One line about what tokenising met."""
+    parts = [f"{report.documents:,} documents, {report.tokens:,} tokens"]
+    sequences = report.documents - report.skipped_documents
+    if sequences > different:
+        parts.append(f"{sequences - different:,} equal to an earlier one")
+    if report.truncated_documents:
+        parts.append(f"{report.truncated_documents:,} cut at --max-length ({report.truncated_tokens:,} tokens dropped)")
+    if report.skipped_documents:
+        parts.append(f"{report.skipped_documents:,} skipped: nothing to train on")
+    return "; ".join(parts)

@@ -1,0 +1,69 @@
+"""What a build would cost, measured on a few of its own documents before anything is written."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitstore.build import BuildConfig, describe, read_sequences
+from logitstore.plan import Part, plan_batches, unique
+from logitstore.selection import Selection
+from logitstore.sequences import TokenizeReport
+from logitstore.teacher import Teacher
+from logitstore.zarr_store import ZarrStore
+
+PROBE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a build; bytes and seconds are extrapolated from a probe."""
+
+    summary: str
+    documents: int
+    positions: int
+    probed_positions: int
+    disk_bytes: float
+    elapsed_s: float
+
+
+def estimate(config: BuildConfig) -> Estimate:
+    """Run the teacher over about PROBE_TOKENS tokens of what is to do, and write the answers to a store that is thrown away.
+
+    Raises:
+        LogitstoreError: whatever `build` would raise before it starts.
+    """
+    part = Part.parse(config.shard)
+    teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    manifest = teacher.manifest(Selection.parse(config.select), config.temperature, config.seed)
+    report = TokenizeReport()
+    documents = {key: s for key, s in unique(read_sequences(config, teacher, report)).items() if part.holds(key)}
+    there = ZarrStore(config.out) if config.out.exists() else None
+    if there is not None:
+        there.manifest.require_compatible(manifest, config.out)
+        documents = {key: s for key, s in documents.items() if key not in there}
+    positions = sum(len(s.trained) for s in documents.values())
+    summary = describe(report, len(documents)) if there is None else f"{len(there):,} documents are already there"
+    if not documents:
+        return Estimate(summary, 0, 0, 0, 0.0, 0.0)
+
+    batches = plan_batches(documents, min(config.batch_tokens, PROBE_TOKENS))
+    probe = [documents[key].token_ids[:PROBE_TOKENS] for key in batches[len(batches) // 2]]
+    teacher.records([probe[0][:8]], manifest.recipe)  # the first call pays for set-up
+    started = time.perf_counter()
+    records = teacher.records(probe, manifest.recipe)
+    elapsed_s = time.perf_counter() - started
+    probed = sum(len(record.records) for record in records)
+    with tempfile.TemporaryDirectory() as folder:
+        store = ZarrStore.create(Path(folder) / "probe.zarr", manifest, teacher.vocabulary)
+        empty = store.disk_bytes
+        store.write_shard(records)
+        shard_bytes = (store.disk_bytes - empty) * positions / probed
+    return Estimate(
+        summary=summary,
+        documents=len(documents),
+        positions=positions,
+        probed_positions=probed,
+        disk_bytes=shard_bytes + (empty if there is None else 0),
+        elapsed_s=elapsed_s * positions / probed,
+    )

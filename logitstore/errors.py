@@ -1,0 +1,62 @@
+"""Every error that a user can meet, as one tree.
+
+::
+
+    LogitstoreError
+    ├── ConfigError               a flag or a config key that cannot be used
+    ├── DatasetError              a dataset that is missing, empty or malformed
+    ├── ModelError                a teacher or student that does not load
+    ├── MissingTargetsError       the store has no answer and nobody else may give one
+    └── StoreError
+        ├── StoreNotFoundError    no store at this path
+        ├── StoreFormatError      a store of a newer format, or not a store at all
+        ├── CorruptStoreError     bytes that differ from those that were written
+        ├── IncompatibleStoreError  built by another teacher, tokenizer or selection
+        └── StoreWriteError       full disk, no permission, another writer
+
+A message says what was found, what was expected and what to type next. The commands print it on one line and exit with code 2.
+"""
+
+
+class LogitstoreError(Exception):
+    """Base of all errors raised for the user's input, files or machine."""
+
+
+class ConfigError(LogitstoreError):
+    """A flag or config value that cannot be used."""
+
+
+class DatasetError(LogitstoreError):
+    """A dataset that is missing, empty or malformed."""
+
+
+class ModelError(LogitstoreError):
+    """A teacher or student that does not load."""
+
+
+class MissingTargetsError(LogitstoreError):
+    """The store has no answer and the run may not ask a teacher."""
+
+
+class StoreError(LogitstoreError):
+    """Something about a store."""
+
+
+class StoreNotFoundError(StoreError):
+    """No store at this path."""
+
+
+class StoreFormatError(StoreError):
+    """Not a store, or one of a newer format."""
+
+
+class CorruptStoreError(StoreError):
+    """Bytes on disk differ from the bytes that were written."""
+
+
+class IncompatibleStoreError(StoreError):
+    """The store was made by something else than what was asked for."""
+
+
+class StoreWriteError(StoreError):
+    """A store that cannot be written: full disk, no permission, another writer."""

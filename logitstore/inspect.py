@@ -1,0 +1,40 @@
+"""A document as the store sees it, for a terminal: each position's text, and the candidates kept for what follows."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from logitstore.errors import ConfigError
+from logitstore.zarr_store import ZarrStore
+
+SHOWN = 6
+LINE = "{:>5}  {:<18} {:>7} {:>7}  {}"
+
+
+def inspect(store: ZarrStore, number: int, shown: int = SHOWN) -> Iterator[str]:
+    """Lines of text: position, the token that followed, its probability, the entropy, and the kept candidates.
+
+    The label is marked with *, entries drawn from the tail with ~.
+
+    Raises:
+        ConfigError: there is no such document.
+    """
+    try:
+        token_ids, targets = store.document(number)
+    except IndexError:
+        raise ConfigError(
+            f"document {number} is not there: {store.path} holds 0 .. {len(store) - 1}; type --document 0"
+        ) from None
+    text = store.vocabulary.text
+    yield f"document {number}: {len(token_ids):,} tokens, perplexity {np.exp(-targets.label_log_prob.mean()):.2f}"
+    yield LINE.format("pos", "next token", "p", "entropy", "kept candidates (* what followed, ~ drawn from the tail)")
+    for t in range(len(targets)):
+        label = int(token_ids[t + 1])
+        order = np.argsort(-targets.weights[t], kind="stable")
+        entries = []
+        for slot in order[: min(shown, int((targets.weights[t] > 0).sum()))]:
+            token, weight = int(targets.ids[t, slot]), float(targets.weights[t, slot])
+            mark = ("*" if token == label else "") + ("~" if slot >= targets.head_count[t] else "")
+            entries.append(f"{text(token)!r}{mark} {weight:.3f}")
+        probability = f"{np.exp(targets.label_log_prob[t]):.3f}"
+        yield LINE.format(t, repr(text(label))[:18], probability, f"{targets.entropy[t]:.2f}", "  ".join(entries))

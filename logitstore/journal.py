@@ -1,0 +1,136 @@
+"""Finished documents on their way into a shard: an append-only file that survives a kill at any moment.
+
+A frame is a 32-bit length, a blake2b-128 of the payload, and the payload: the documents of one teacher batch. Reading stops at
+the first frame that is cut short or does not match, and appending goes on from there; a batch is there whole or not at all.
+"""
+
+import fcntl
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from logitstore.errors import StoreWriteError
+from logitstore.recipe import DocumentRecord
+from logitstore.zarr_store import ZarrStore, cannot_write
+
+FRAME = struct.Struct("<I16s")
+DOCUMENT = struct.Struct("<I")
+
+
+class ShardWriter:
+    """Writes documents into a store: `append` keeps them at once, `commit` makes a shard of them.
+
+    One process at a time may hold a writer of a given name. What an earlier writer of that name had appended and not committed
+    is taken over.
+
+    Args:
+        name: which writer of the store this is, as in "build-1-of-2".
+
+    Raises:
+        StoreWriteError: another process holds it, or the store cannot be written.
+    """
+
+    def __init__(self, store: ZarrStore, name: str) -> None:
+        self.store = store
+        self.path = store.path / f".journal-{name}"
+        try:
+            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise StoreWriteError(
+                f"another process is writing {name} into {store.path}; wait for it, or end it"
+            ) from error
+        store.refresh()
+        self._pending = {d.key: d for d in self._recover() if d.key not in store}
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._pending and kind is None:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._pending or key in self.store
+
+    @property
+    def pending(self) -> dict[bytes, DocumentRecord]:
+        """Documents that are kept but not yet in a shard, by key, oldest first."""
+        return self._pending
+
+    def append(self, documents: Sequence[DocumentRecord]) -> None:
+        """Keep a batch of documents; when this returns they are on disk."""
+        payload = b"".join(_pack(documents))
+        try:
+            self._file.write(FRAME.pack(len(payload), blake2b(payload, digest_size=16).digest()) + payload)
+            self._flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self._pending.update((document.key, document) for document in documents)
+
+    def commit(self, keys: Iterable[bytes]) -> None:
+        """Make one shard of pending documents, in this order."""
+        documents = [self._pending[key] for key in keys]
+        self.store.write_shard(documents)
+        for document in documents:
+            del self._pending[document.key]
+        if self._pending:
+            return  # the journal still holds them; what is in a shard by now is passed over when it is read again
+        try:
+            self._file.seek(0)
+            self._file.truncate()
+            self._flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def _recover(self) -> Iterator[DocumentRecord]:
+        whole = 0
+        while len(head := self._file.read(FRAME.size)) == FRAME.size:
+            size, digest = FRAME.unpack(head)
+            payload = self._file.read(min(size, self.path.stat().st_size))
+            if len(payload) != size or blake2b(payload, digest_size=16).digest() != digest:
+                break
+            yield from _unpack(payload, self.store.manifest.recipe.record_width)
+            whole = self._file.tell()
+        self._file.seek(whole)
+        self._file.truncate()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def journals(store: Path) -> list[Path]:
+    """Journals of builds that have not finished."""
+    return sorted(store.glob(".journal-*"))
+
+
+def _pack(documents: Sequence[DocumentRecord]) -> Iterator[bytes]:
+    for document in documents:
+        yield DOCUMENT.pack(len(document.token_ids))
+        yield document.token_ids.astype("<i4").tobytes()
+        yield document.records.tobytes()
+
+
+def _unpack(payload: bytes, width: int) -> Iterator[DocumentRecord]:
+    at = 0
+    while at < len(payload):
+        (length,) = DOCUMENT.unpack_from(payload, at)
+        at += DOCUMENT.size
+        token_ids = np.frombuffer(payload, "<i4", length, at).astype(np.int32)
+        at += 4 * length
+        records = np.frombuffer(payload, np.uint8, (length - 1) * width, at).reshape(length - 1, width)
+        at += (length - 1) * width
+        yield DocumentRecord(token_ids, records)

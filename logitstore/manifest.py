@@ -1,0 +1,106 @@
+"""What made a store: teacher, tokenizer, recipe. Kept in the store's root, checked before a value is used."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from logitstore.errors import IncompatibleStoreError, StoreFormatError
+from logitstore.recipe import Recipe
+from logitstore.sealed import file_digest
+from logitstore.selection import Selection
+
+FORMAT = "logitstore"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """Which weights the targets come from. Digests are of content; the name is for people."""
+
+    name: str
+    weights_digest: str
+    adapter_digest: str | None
+    quantization: str | None
+    dtype: str
+    """The type the teacher computed in when the store was begun; another gives the same targets up to its rounding."""
+
+
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """Which tokenizer the token ids belong to."""
+
+    fingerprint: str
+    size: int
+    """Number of tokens; the LM head may be wider (`Recipe.vocab_size`)."""
+    chat_template_digest: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that must be equal for two builds to write into one store, or for a run to read it."""
+
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    recipe: Recipe
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what made the store: 32 hex digits. Names do not count, nor the type a teacher computed in."""
+        identity = [f"{label}={value}" for label, value, _ in self._identity()]
+        return file_digest("\n".join(identity).encode())
+
+    def _identity(self) -> list[tuple[str, object, str]]:
+        """(what, value, the flag that names it), in the order in which differences are reported."""
+        recipe = self.recipe
+        return [
+            ("teacher weights", self.teacher.weights_digest, "--teacher"),
+            ("adapter", self.teacher.adapter_digest, "--adapter-path"),
+            ("tokenizer", self.tokenizer.fingerprint, "--teacher"),
+            ("LM head width", recipe.vocab_size, "--teacher"),
+            ("selection", recipe.selection, f"--select {recipe.selection}"),
+            ("temperature", f"{recipe.temperature:g}", f"--temperature {recipe.temperature:g}"),
+            ("seed", recipe.seed, f"--seed {recipe.seed}"),
+        ]
+
+    def require_compatible(self, wanted: "Manifest", where: object) -> None:
+        """Check that this store may serve, or be extended by, a run that wants `wanted`.
+
+        Raises:
+            IncompatibleStoreError: naming the first difference: found, expected, what to type.
+        """
+        for (what, found, flag), (_, expected, _) in zip(self._identity(), wanted._identity(), strict=True):
+            if found != expected:
+                type_this = f"{flag} with the model that built it" if flag.startswith(("--teacher", "--ad")) else flag
+                raise IncompatibleStoreError(
+                    f"{where} was built with {what} {found} (teacher {self.teacher.name}), this run has {expected} "
+                    f"(teacher {wanted.teacher.name}); type {type_this}, or another store"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values."""
+        recipe = asdict(self.recipe) | {"selection": str(self.recipe.selection)}
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "teacher": asdict(self.teacher),
+            "tokenizer": asdict(self.tokenizer),
+            "recipe": recipe,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], where: object) -> "Manifest":
+        """Read a manifest.
+
+        Raises:
+            StoreFormatError: not a logitstore manifest, or one of a newer format.
+        """
+        if data.get("format") != FORMAT:
+            raise StoreFormatError(
+                f"{where} is a Zarr group, but not a logitstore; type the path that `logitstore build --out` was given"
+            )
+        if data["format_version"] != FORMAT_VERSION:
+            raise StoreFormatError(
+                f"{where} has format {data['format_version']}, this logitstore reads format {FORMAT_VERSION}; "
+                "type `pip install --upgrade logitstore`"
+            )
+        recipe = data["recipe"] | {"selection": Selection.parse(data["recipe"]["selection"])}
+        return cls(TeacherIdentity(**data["teacher"]), TokenizerIdentity(**data["tokenizer"]), Recipe(**recipe))

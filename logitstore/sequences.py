@@ -1,0 +1,192 @@
+"""Documents to token sequences: what the teacher reads and which positions the student is trained on.
+
+Stands between the documents and the teacher, and before the key: build and training call the same function, so a
+document has the same token ids in both. Token ids are those of mlx-lm, position for position. Nothing is padded,
+packed or shuffled here.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstore.documents import Document, format_of
+from logitstore.errors import ConfigError, DatasetError, ModelError
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSequence:
+    """One tokenised document of L tokens, hence L-1 positions.
+
+    token_ids: int32 [L].
+    trained: bool [L-1]; trained[t] says whether position t, which predicts token t+1, is trained.
+    where: the place of the document, as in `Document`.
+    truncated: tokens cut from the end, 0 if none.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    where: str
+    truncated: int
+
+
+@dataclass
+class TokenizeReport:
+    """What `tokenize` met so far. All but `documents` and `skipped_documents` speak of the sequences it yielded."""
+
+    documents: int = 0
+    tokens: int = 0
+    trained_positions: int = 0
+    truncated_documents: int = 0
+    truncated_tokens: int = 0
+    skipped_documents: int = 0
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: Any, max_length: int, report: TokenizeReport | None = None
+) -> Iterator[TokenSequence]:
+    """One sequence per document, of its first `max_length` tokens; `report` is kept up to date along the way.
+
+    text: its tokens and EOS; every position is trained.
+    prompt, completion: a user and an assistant message where the tokenizer has a chat template; else the tokens of
+    both and EOS. Trained where the completion, or what closes it, is predicted.
+    messages: as the chat template renders them; trained where an assistant turn, or what closes it, is predicted.
+
+    A document with fewer than two tokens, or with no trained position among those kept, is skipped and counted.
+    `tokenizer` is a fast Hugging Face tokenizer, bare or in mlx-lm's wrapper.
+
+    Raises:
+        ConfigError: `max_length` is less than 2.
+        DatasetError: messages without a chat template, or with one that does not tell where a turn begins or ends.
+        ModelError: a chat is to be tokenised by a tokenizer that gives no character offsets.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}, expected at least 2: one token to read and one to predict")
+    report = report or TokenizeReport()
+    for document in documents:
+        report.documents += 1
+        ids, learned = _encode(document, tokenizer)
+        token_ids = np.array(ids[:max_length], np.int32)
+        trained = learned[1:max_length]  # the one shift: position t predicts token t+1
+        if not trained.any():
+            report.skipped_documents += 1
+            continue
+        truncated = len(ids) - len(token_ids)
+        report.tokens += len(token_ids)
+        report.trained_positions += int(trained.sum())
+        report.truncated_documents += truncated > 0
+        report.truncated_tokens += truncated
+        yield TokenSequence(token_ids, trained, document.where, truncated)
+
+
+def _encode(document: Document, tokenizer: Any) -> tuple[list[int], npt.NDArray[np.bool_]]:
+    """The L token ids of a document, and for each token whether it is to be learned, bool [L]."""
+    row, tools = document.row, document.row.get("tools")
+    match format_of(row):
+        case "messages":
+            if not _has_chat_template(tokenizer):
+                raise DatasetError(
+                    f"{document.where}: found messages, but the tokenizer has no chat template; "
+                    'use rows of {"text"} or {"prompt", "completion"}, or an instruct model'
+                )
+            return _encode_chat(row["messages"], tools, tokenizer, document.where)
+        case "completion" if _has_chat_template(tokenizer):
+            messages = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+            return _encode_chat(messages, tools, tokenizer, document.where)
+        case "completion":
+            prompt = _encode_prompt(row["prompt"], tokenizer)
+            ids = _closed(prompt + _ids(row["completion"], tokenizer, add_special_tokens=False), tokenizer)
+            return ids, np.arange(len(ids)) >= len(prompt)
+        case _:
+            ids = _closed(_ids(row["text"], tokenizer), tokenizer)
+            return ids, np.ones(len(ids), np.bool_)
+
+
+def _encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
+    """Token ids of a prompt, without the EOS that some tokenizers add to every text."""
+    ids = _ids(prompt, tokenizer)
+    added = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
+    return ids[:-1] if added else ids
+
+
+def _ids(text: str, tokenizer: Any, **options: Any) -> list[int]:
+    # verbose=False: what is longer than the model's own limit is cut and counted here
+    return list(tokenizer.encode(text, verbose=False, **options))
+
+
+def _closed(ids: list[int], tokenizer: Any) -> list[int]:
+    """`ids` with EOS at the end, if the tokenizer has one and it is not there already."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def _has_chat_template(tokenizer: Any) -> bool:
+    # mlx-lm's wrapper also knows templates that are Python functions
+    return bool(getattr(tokenizer, "has_chat_template", tokenizer.chat_template is not None))
+
+
+def _encode_chat(
+    messages: Sequence[Mapping[str, Any]], tools: Any, tokenizer: Any, where: str
+) -> tuple[list[int], npt.NDArray[np.bool_]]:
+    """Render the conversation once, tokenise it once, and learn the tokens that end inside an assistant turn.
+
+    Only the end of a token is looked at: byte-level tokenizers may trim the spaces off its start, and the bytes of one
+    character share its end.
+    """
+
+    def render(turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        try:
+            return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise DatasetError(
+                f"{where}: the chat template refuses the messages: {' '.join(str(error).split())}"
+            ) from error
+
+    fast = tokenizer if callable(tokenizer) else tokenizer._tokenizer  # mlx-lm's wrapper cannot be called
+    if not fast.is_fast:
+        raise ModelError(
+            f"{type(fast).__name__} gives no character offsets; expected a tokenizer with a tokenizer.json"
+        )
+    whole = render(messages)
+    encoding = fast(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ends = np.array([end for _, end in encoding["offset_mapping"]], np.int64)
+    learned = np.zeros(len(ends), np.bool_)
+    for start, end in _assistant_spans(messages, whole, render, where):
+        learned |= (ends > start) & (ends <= end)
+    return encoding["input_ids"], learned
+
+
+def _assistant_spans(
+    messages: Sequence[Mapping[str, Any]], whole: str, render: Callable[..., str], where: str
+) -> Iterator[tuple[int, int]]:
+    """[start, end) in `whole` of every assistant turn: after the generation prompt, to the end of what closes it."""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if i == 0:
+            raise DatasetError(
+                f"{where}: messages[0] is an assistant turn, expected a system or user message before it"
+            )
+        prompt = render(messages[:i], add_generation_prompt=True)
+        start, end = len(prompt), _turn_end(prompt, render(messages[: i + 1]), whole)
+        if end is None:
+            raise DatasetError(
+                f"{where}: the chat template renders the turns up to messages[{i}] differently once more follows; "
+                "expected the same text, to tell the assistant's tokens; use single-turn rows, or another chat template"
+            )
+        yield start, end
+
+
+def _turn_end(prompt: str, through: str, whole: str) -> int | None:
+    """Where in `whole` the turn ends that `through` ends with; None where the three do not begin alike."""
+    if not (whole.startswith(prompt) and through.startswith(prompt)):
+        return None
+    # Some templates (Qwen3) drop the thoughts at the head of a turn once another follows: what is left is its rest.
+    turn, found = through[len(prompt) :], whole[len(prompt) :]
+    left = next((rest for cut in range(len(turn)) if found.startswith(rest := turn[cut:])), None)
+    return None if left is None else len(prompt) + len(left)

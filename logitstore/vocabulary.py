@@ -1,0 +1,117 @@
+"""What each token id means in bytes, read from a Hugging Face tokenizer; two tokenizers are compared by this content.
+
+Strings in a tokenizer file are spelled in that file's own alphabet (GPT-2's byte letters, SentencePiece's U+2581).
+Bytes are the same everywhere, so the GGUF and the Hugging Face tokenizer of one model have one fingerprint. No MLX.
+"""
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from logitstore.errors import ModelError
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The bytes of every token (index = token id; ``b""`` where no token has that id) and the ids that are not text."""
+
+    tokens: tuple[bytes, ...]
+    special_ids: frozenset[int]
+    bos_id: int | None
+    eos_id: int | None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def fingerprint(self) -> str:
+        """BLAKE2b-128, in hex, of every token's bytes and the special, BOS and EOS ids."""
+        digest = hashlib.blake2b(b"logitstore vocabulary 1", digest_size=16)
+        digest.update(struct.pack("<I", len(self.tokens)))
+        for token in self.tokens:
+            digest.update(struct.pack("<I", len(token)) + token)
+        ends = (-1 if i is None else i for i in (self.bos_id, self.eos_id))
+        digest.update(struct.pack(f"<{len(self.special_ids) + 2}q", *sorted(self.special_ids), *ends))
+        return digest.hexdigest()
+
+    def text(self, token_id: int) -> str:
+        """A token for display; bytes that are not whole UTF-8 characters are shown as ``\\xNN``."""
+        return self.tokens[token_id].decode("utf-8", errors="backslashreplace")
+
+
+def vocabulary_of(tokenizer: Any) -> Vocabulary:
+    """The vocabulary of a Hugging Face fast tokenizer, by its own description of how it spells bytes.
+
+    Raises
+    ------
+    ModelError
+        Not a fast tokenizer, or one that is neither byte-level nor SentencePiece: its tokens have no exact bytes.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        found = type(tokenizer).__name__
+        raise ModelError(f"{found} is not a fast tokenizer; expected one that loads from a tokenizer.json")
+    description = json.loads(backend.to_str())
+    model = description["model"]
+    kinds = set(_kinds([description["pre_tokenizer"], description["decoder"], model]))
+    if "ByteLevel" in kinds:
+        spelled = _byte_level
+    elif kinds & {"ByteFallback", "Metaspace"} or model.get("byte_fallback"):
+        spelled = _sentencepiece
+    else:
+        raise ModelError(
+            f"tokenizer '{model['type']}' has no exact bytes per token; expected byte-level BPE or SentencePiece"
+        )
+
+    pieces = model["vocab"]
+    ids = pieces if isinstance(pieces, dict) else {piece: i for i, (piece, _score) in enumerate(pieces)}
+    by_id = {i: spelled(piece) for piece, i in ids.items()}
+    by_id |= {token["id"]: token["content"].encode() for token in description["added_tokens"]}
+    special = {token["id"] for token in description["added_tokens"] if token["special"]} | set(
+        tokenizer.all_special_ids
+    )
+    return Vocabulary(
+        tokens=tuple(by_id.get(i, b"") for i in range(max(by_id, default=-1) + 1)),
+        special_ids=frozenset(special),
+        bos_id=tokenizer.bos_token_id,
+        eos_id=tokenizer.eos_token_id,
+    )
+
+
+def _kinds(node: Any) -> Iterator[str]:
+    """The `type` of every component in a description, however deep in sequences."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _kinds(item)
+    elif isinstance(node, dict):
+        yield str(node.get("type"))
+        for key in ("pretokenizers", "decoders"):
+            yield from _kinds(node.get(key, []))
+
+
+def _gpt2_bytes() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable Latin-1 is itself, the other 68 bytes are U+0100 onwards in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _gpt2_bytes()
+
+
+def _byte_level(piece: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[letter] for letter in piece)
+    except KeyError:
+        return piece.encode()  # not in the alphabet, so it was never merged from bytes
+
+
+def _sentencepiece(piece: str) -> bytes:
+    if match := _BYTE_PIECE.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    return piece.replace("\u2581", " ").encode()

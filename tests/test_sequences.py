@@ -1,0 +1,237 @@
+from collections.abc import Sequence
+from typing import Any
+
+import distill_kernels  # noqa: F401  loads the BLAS before MLX
+
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
+from tokenizers import processors
+
+from logitstore.documents import Document
+from logitstore.errors import ConfigError, DatasetError, ModelError
+from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
+from tests.tiny import tiny_tokenizer
+
+# What Qwen3 does: the last turn opens with (empty) thoughts, which vanish from it once another message follows.
+THINKING_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The generation prompt is the header of a last turn; a turn that another follows gets another header.
+HEADER_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A:' if loop.last else 'B:' }}{% endif %}"
+    "{{ m['content'] + '|' }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+def one(row: dict[str, Any], tokenizer: Any, max_length: int = 512) -> TokenSequence:
+    (sequence,) = tokenize([Document(row, "a.jsonl:1")], tokenizer, max_length)
+    return sequence
+
+
+def runs(sequence: TokenSequence, tokenizer: Any) -> list[str]:
+    """The text of each unbroken run of trained positions: what the student is asked to say."""
+    padded = np.concatenate([[False], sequence.trained, [False]]).astype(np.int8)
+    starts, ends = np.flatnonzero(np.diff(padded) == 1), np.flatnonzero(np.diff(padded) == -1)
+    predicted = sequence.token_ids[1:]
+    return [tokenizer.decode(predicted[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+
+CONVERSATIONS: list[list[dict[str, str]]] = [
+    [user("Why?"), assistant("Because.")],
+    [
+        {"role": "system", "content": "Be brief."},
+        user("Où?"),
+        assistant("Là-bas 你好"),
+        user("Et?"),
+        assistant("Ici. "),
+    ],
+    [user("Say it."), assistant("  two spaces\n\n  before"), user("  Again  "), assistant("\n")],
+    [user("Hi"), assistant("first"), assistant("second"), user("no answer")],
+]
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_chat_ids_equal_those_of_the_template_and_of_mlx_lm(messages: list[dict[str, str]]) -> None:
+    tokenizer = tiny_tokenizer()
+    ids = one({"messages": messages}, tokenizer).token_ids.tolist()
+    assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ids == ChatDataset([], tokenizer).process({"messages": messages})[0]
+
+
+@pytest.mark.parametrize("messages", [CONVERSATIONS[0], CONVERSATIONS[1], CONVERSATIONS[3]])
+def test_trained_positions_of_a_chat_say_all_assistant_turns_and_nothing_else(messages: list[dict[str, str]]) -> None:
+    tokenizer = tiny_tokenizer()
+    sequence = one({"messages": messages}, tokenizer)
+    assert sequence.trained.shape == (len(sequence.token_ids) - 1,)
+    assert runs(sequence, tokenizer) == [m["content"] + "<|im_end|>\n" for m in messages if m["role"] == "assistant"]
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_leading_spaces_of_a_turn_are_trained(trim_offsets: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    sequence = one({"messages": [user(" a "), assistant(" b  c "), user("   "), assistant("   ")]}, tokenizer)
+    assert runs(sequence, tokenizer) == [" b  c <|im_end|>\n", "   <|im_end|>\n"]
+
+
+def test_mlx_lm_masks_the_same_last_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    messages = [user("Why?"), assistant("Because.")]
+    sequence = one({"messages": messages}, tokenizer)
+    _, offset = ChatDataset([], tokenizer, mask_prompt=True).process({"messages": messages})
+    assert np.flatnonzero(sequence.trained).tolist() == list(range(offset - 1, len(sequence.token_ids) - 1))
+
+
+def test_a_wrapped_tokenizer_gives_the_same_as_a_bare_one() -> None:
+    bare, wrapped = tiny_tokenizer(), TokenizerWrapper(tiny_tokenizer())
+    for row in ({"text": "Once."}, {"prompt": "2+2=", "completion": "4"}, {"messages": CONVERSATIONS[1]}):
+        first, second = one(row, bare), one(row, wrapped)
+        assert first.token_ids.tolist() == second.token_ids.tolist()
+        assert first.trained.tolist() == second.trained.tolist()
+
+
+def test_text_is_closed_by_one_eos_and_trained_everywhere() -> None:
+    tokenizer = tiny_tokenizer()
+    sequence, closed = one({"text": "The store."}, tokenizer), one({"text": "The store.<|im_end|>"}, tokenizer)
+    assert sequence.token_ids.tolist() == closed.token_ids.tolist()
+    assert sequence.token_ids.tolist() == TextDataset([], tokenizer).process({"text": "The store."})[0]
+    assert sequence.token_ids.dtype == np.int32
+    assert sequence.trained.all()
+    assert sequence.trained.shape == (len(sequence.token_ids) - 1,)
+
+
+def test_text_keeps_the_special_tokens_of_its_tokenizer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    ids = one({"text": "Once."}, tokenizer).token_ids.tolist()
+    assert tokenizer.decode(ids) == "<|im_start|>Once.<|im_end|>"
+    tokenizer.chat_template = None
+    pair = one({"prompt": "One", "completion": " two"}, tokenizer)
+    assert tokenizer.decode(pair.token_ids) == "<|im_start|>One two<|im_end|>"
+
+
+def test_a_completion_is_an_assistant_turn_where_there_is_a_chat_template() -> None:
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": "2 + 2 =", "completion": "4, of course"}
+    sequence = one(row, tokenizer)
+    theirs, _ = CompletionsDataset([], tokenizer, "prompt", "completion", False).process(row)
+    assert sequence.token_ids.tolist() == theirs
+    assert runs(sequence, tokenizer) == ["4, of course<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("prompt", ["2 + 2 =", "2 + 2 = ", "", "Où"])
+def test_a_completion_without_a_chat_template_is_trained_with_its_eos(prompt: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    sequence = one({"prompt": prompt, "completion": "~ 4, bien sûr"}, tokenizer)
+    assert tokenizer.decode(sequence.token_ids) == f"{prompt}~ 4, bien sûr<|im_end|>"
+    # The first token of a document is predicted by no position.
+    assert runs(sequence, tokenizer) == ["~ 4, bien sûr<|im_end|>" if prompt else " 4, bien sûr<|im_end|>"]
+
+
+def test_messages_without_a_chat_template_are_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(DatasetError, match=r"a\.jsonl:1: found messages, but the tokenizer has no chat template"):
+        one({"messages": CONVERSATIONS[0]}, tokenizer)
+
+
+def test_tools_reach_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t['name'] }}{% endfor %}" + tokenizer.chat_template
+    sequence = one({"messages": CONVERSATIONS[0], "tools": [{"name": "add"}]}, tokenizer)
+    assert tokenizer.decode(sequence.token_ids).startswith("add<|im_start|>")
+    assert runs(sequence, tokenizer) == ["Because.<|im_end|>\n"]
+
+
+def test_turns_whose_thoughts_are_dropped_are_still_found() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = THINKING_TEMPLATE
+    sequence = one({"messages": [user("a"), assistant("one\n"), user("b"), assistant("two")]}, tokenizer)
+    assert runs(sequence, tokenizer) == ["one\n<|im_end|>\n", "<think>\n\n</think>\n\ntwo<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }}" + THINKING_TEMPLATE,
+        "{% for m in messages %}{{ m['content'] + ('</s>' if loop.last else '|') }}{% endfor %}",
+        "{% for m in messages | reverse %}{{ m['content'] + '|' }}{% endfor %}",
+        HEADER_TEMPLATE,
+    ],
+)
+def test_a_template_that_rewrites_what_came_before_is_refused(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DatasetError, match=r"a\.jsonl:1: the chat template renders .* up to messages\[1\] differently"):
+        one({"messages": [user("a"), assistant("one"), user("b"), assistant("two")]}, tokenizer)
+
+
+def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DatasetError, match=r"a\.jsonl:1: the chat template refuses the messages: roles must alternate"):
+        one({"messages": CONVERSATIONS[0]}, tokenizer)
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_refused() -> None:
+    with pytest.raises(DatasetError, match=r"messages\[0\] is an assistant turn, expected a system or user message"):
+        one({"messages": [assistant("Hello!"), user("Hi")]}, tiny_tokenizer())
+
+
+def test_a_long_document_is_cut_and_the_cut_is_counted() -> None:
+    tokenizer, report = tiny_tokenizer(), TokenizeReport()
+    whole = one({"messages": CONVERSATIONS[1]}, tokenizer)
+    length = len(whole.token_ids)
+    documents = [Document({"messages": CONVERSATIONS[1]}, "a.jsonl:1")]
+    (cut,) = tokenize(documents, tokenizer, length - 3, report)
+    assert cut.token_ids.tolist() == whole.token_ids[:-3].tolist()
+    assert cut.trained.tolist() == whole.trained[:-3].tolist()
+    assert cut.truncated == 3
+    assert report == TokenizeReport(1, length - 3, int(whole.trained[:-3].sum()), 1, 3, 0)
+    assert (one({"messages": CONVERSATIONS[1]}, tokenizer, length).truncated, whole.truncated) == (0, 0)
+
+
+def test_documents_with_nothing_to_train_are_skipped_and_counted() -> None:
+    rows: Sequence[dict[str, Any]] = (
+        {"text": ""},
+        {"text": "ab"},
+        {"messages": [user("nobody answers")]},
+        {"messages": [user("cut before the answer, which comes too late"), assistant("yes")]},
+    )
+    report = TokenizeReport()
+    documents = [Document(row, f"a.jsonl:{i}") for i, row in enumerate(rows, start=1)]
+    (kept,) = tokenize(documents, tiny_tokenizer(), 8, report)
+    assert kept.where == "a.jsonl:2"
+    assert report == TokenizeReport(4, len(kept.token_ids), len(kept.token_ids) - 1, 0, 0, 3)
+
+
+def test_a_max_length_without_a_position_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_length is 1, expected at least 2"):
+        one({"text": "Once."}, tiny_tokenizer(), 1)
+
+
+def test_a_tokenizer_without_offsets_is_refused_for_chats() -> None:
+    class Slow:
+        is_fast = False
+        chat_template = "{{ messages }}"
+
+        def __call__(self) -> None: ...
+
+    with pytest.raises(ModelError, match="Slow gives no character offsets"):
+        one({"messages": CONVERSATIONS[0]}, Slow())

@@ -1,0 +1,97 @@
+"""Documents and targets to arrays: padded tokens, and one flat row for every trained position.
+
+This is where the shift ends up: row (b, t) holds the targets of position t of document b, and the label is token t + 1.
+Padding, prompts and skipped positions have no row, so they cost no logits and touch no gradient.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from distill_trainer.config import OnMiss
+from logitstore.sequences import TokenSequence
+from logitstore.targets import SparseTargets
+
+BUCKET_BATCHES = 8
+"""Documents of this many batches are sorted by length together, so that a batch pads little."""
+
+
+class Batch(NamedTuple):
+    """N trained positions of B documents, padded to T positions."""
+
+    tokens: mx.array
+    """int32 [B, T]"""
+    rows: mx.array
+    """int32 [N]; b * T + t of each trained position."""
+    labels: mx.array
+    """int32 [N]"""
+    ids: mx.array
+    """uint32 [N, k]"""
+    weights: mx.array
+    """float32 [N, k]; zero where a position has no targets."""
+    log_tail_mass: mx.array
+    """float32 [N]"""
+    kd_weight: mx.array
+    """float32 [N]; weight of the distillation term."""
+    ce_weight: mx.array
+    """float32 [N]; weight of the cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How a position's two losses are weighed: alpha and 1 - alpha with targets; without, by the miss policy."""
+
+    alpha: float
+    on_miss: OnMiss
+
+
+def epochs(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of document numbers: each epoch a new order, near lengths together, no document dropped."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(lengths))
+        bucket = batch_size * BUCKET_BATCHES
+        batches: list[list[int]] = []
+        for at in range(0, len(order), bucket):
+            near = sorted(order[at : at + bucket].tolist(), key=lambda i: lengths[i])
+            batches += (near[i : i + batch_size] for i in range(0, len(near), batch_size))
+        for i in rng.permutation(len(batches)):
+            yield batches[i]
+
+
+def collate(
+    sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets | None], weighing: Weighing
+) -> Batch | None:
+    """Make one batch; None where the policy "skip" leaves no position to train."""
+    t_max = max(len(s.trained) for s in sequences)
+    k = max((t.ids.shape[1] for t in targets if t is not None), default=1)
+    tokens = np.zeros((len(sequences), t_max), np.int32)
+    parts: list[tuple[npt.NDArray[np.generic], ...]] = []
+    for b, (sequence, target) in enumerate(zip(sequences, targets, strict=True)):
+        positions = np.flatnonzero(sequence.trained)
+        tokens[b, : len(sequence.trained)] = sequence.token_ids[:-1]
+        if target is None and weighing.on_miss == "skip" and weighing.alpha > 0:
+            continue
+        n = len(positions)
+        alpha = weighing.alpha if target is not None else 0.0
+        parts.append(
+            (
+                b * t_max + positions,
+                sequence.token_ids[positions + 1],
+                np.zeros((n, k), np.uint32) if target is None else target.ids[positions],
+                np.zeros((n, k), np.float32) if target is None else target.weights[positions],
+                np.zeros(n, np.float32) if target is None else target.log_tail_mass[positions],
+                np.full(n, alpha, np.float32),
+                np.full(n, 1 - alpha, np.float32),
+            )
+        )
+    if not parts:
+        return None
+    rows, labels, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))
+    return Batch(mx.array(tokens), rows.astype(mx.int32), labels, *others)

@@ -1,0 +1,126 @@
+"""What a training run takes. Flags and config keys are the field names; the resolved config lies beside the output."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from logitstore.errors import ConfigError
+
+OnMiss = Literal["online", "hard-only", "skip", "error"]
+FineTuneType = Literal["lora", "dora", "full"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of `distill-train`."""
+
+    student: str
+    dataset: str
+    out: str
+    store: tuple[str, ...] = ()
+    """Stores to read, in order of lookup. The first is written to by `write_back`."""
+    teacher: str | None = None
+    adapter_path: str | None = None
+    """The teacher's adapter."""
+    split: str = "train"
+    on_miss: OnMiss | None = None
+    """What a position does that the stores have no answer for. None: online with a teacher, else error."""
+    write_back: bool = False
+    alpha: float = 0.9
+    """Weight of the distillation term; cross-entropy weighs 1 - alpha."""
+    select: str | None = None
+    """What the live teacher keeps. None: as the store does, threshold:16 without a store."""
+    temperature: float | None = None
+    """None: the store's, 1 without a store."""
+    fine_tune_type: FineTuneType = "lora"
+    num_layers: int = 16
+    """How many of the last layers LoRA adapts; -1 for all."""
+    lora_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rank": 8, "dropout": 0.0, "scale": 20.0})
+    iters: int = 1000
+    batch_size: int = 4
+    max_seq_length: int = 2048
+    learning_rate: float = 1e-5
+    keep_layers: int | None = None
+    """Cut the student to this many of its layers first, evenly spaced, first and last kept."""
+    seed: int = 0
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        _require(0 <= self.alpha <= 1, f"alpha is {self.alpha:g}, expected 0 to 1; type --alpha 0.9")
+        _require(
+            self.temperature is None or self.temperature > 0,
+            f"temperature is {self.temperature}, expected above 0; type --temperature 1",
+        )
+        _require(self.iters >= 0, f"iters is {self.iters}, expected at least 0; type --iters 1000")
+        _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1; type --batch-size 4")
+        _require(
+            self.learning_rate > 0,
+            f"learning_rate is {self.learning_rate:g}, expected above 0; type --learning-rate 1e-5",
+        )
+        _require(
+            self.keep_layers is None or self.keep_layers >= 1, "keep_layers must be at least 1; type --keep-layers 10"
+        )
+        _require(
+            self.fine_tune_type in get_args(FineTuneType),
+            f"fine_tune_type is {self.fine_tune_type}; type --fine-tune-type {'|'.join(get_args(FineTuneType))}",
+        )
+        _require(
+            self.on_miss is None or self.on_miss in get_args(OnMiss),
+            f"on_miss is {self.on_miss}; type --on-miss {'|'.join(get_args(OnMiss))}",
+        )
+        _require(
+            self.on_miss != "online" or self.teacher is not None,
+            "--on-miss online needs a teacher to ask; type --teacher T, or --on-miss hard-only, skip or error",
+        )
+        _require(
+            not self.write_back or (bool(self.store) and self.teacher is not None),
+            "--write-back keeps a teacher's answers in a store; type --store STORE and --teacher T with it",
+        )
+        _require(
+            self.alpha == 0 or bool(self.store) or self.teacher is not None,
+            "nothing to distil from; type --store STORE, --teacher T, or --alpha 0 for cross-entropy alone",
+        )
+
+    @property
+    def miss_policy(self) -> OnMiss:
+        """What is done on a miss."""
+        return self.on_miss or ("online" if self.teacher else "error")
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved config as JSON values."""
+        return asdict(self) | {"on_miss": self.miss_policy}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of config keys.
+
+    Raises:
+        ConfigError: it cannot be read, or has a key that no option has, naming the nearest.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ConfigError(f"config {path} cannot be read: {first_line}; expected YAML such as `alpha: 0.9`") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} holds {type(values).__name__}, expected keys and values such as `alpha: 0.9`")
+    known = [f.name for f in fields(TrainConfig)]
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
+            raise ConfigError(f"config {path} has the key {key!r}, which is not known; did you mean {nearest[0]!r}?")
+    return values
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
