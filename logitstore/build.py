@@ -1,7 +1,7 @@
 """Build a store: dataset and teacher in, shards out. Reads from top to bottom.
 
-What is finished stays: every teacher batch is journalled, so a build that was killed goes on where it was, and one that is
-finished computes nothing when it is run again.
+What is finished stays: every teacher batch is journalled, so a build that was killed goes on where it was, and one that
+is finished computes nothing when it is run again.
 """
 
 import time
@@ -44,8 +44,8 @@ class BuildConfig:
     def __post_init__(self) -> None:
         Selection.parse(self.select)
         Part.parse(self.shard)
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature {self.temperature:g} is not above 0; type --temperature 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"temperature {self.temperature:g} is not a number above 0; type --temperature 1")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens is {self.batch_tokens}, expected at least 1; type --batch-tokens 2048")
 
@@ -70,7 +70,7 @@ class BuildReport:
         return self.computed_positions / self.elapsed_s if self.elapsed_s else 0.0
 
 
-def build(config: BuildConfig, say: Callable[[str], None] = lambda line: None) -> BuildReport:
+def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) -> BuildReport:
     """Build, extend or finish a store.
 
     Args:
@@ -93,25 +93,23 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda line: None) -
         todo = {key: s for key, s in documents.items() if part.holds(key) and key not in store}
         missing = {key: s for key, s in todo.items() if key not in writer}
         if len(missing) < len(documents):
-            say(
-                f"{len(documents) - len(missing):,} documents are already there, or another part's; {len(missing):,} to do"
-            )
+            others = len(documents) - len(missing)
+            say(f"{others:,} documents are already there, or another part's; {len(missing):,} to do")
+        positions = sum(len(s.trained) for s in missing.values())
         started = time.perf_counter()
-        with tqdm(
-            total=sum(len(s.trained) for s in missing.values()), unit="tok", desc="teacher", disable=config.quiet or not missing
-        ) as bar:
+        if stale := [key for key in writer.pending if key not in todo]:
+            writer.commit(stale)  # the dataset was edited since; the teacher's answers are true all the same
+        with tqdm(total=positions, unit="tok", desc="teacher", disable=config.quiet or not missing) as bar:
             for shard in plan_shards(todo):
                 rest = {key: todo[key] for key in shard if key not in writer}
                 for batch in plan_batches(rest, config.batch_tokens):
                     writer.append(teacher.records([rest[key].token_ids for key in batch], manifest.recipe))
                     bar.update(sum(len(rest[key].trained) for key in batch))
                 writer.commit(shard)
-            if writer.pending:  # of a dataset that has been edited since; the teacher's answers are true all the same
-                writer.commit(list(writer.pending))
     return BuildReport(
         tokenized=report,
         computed_documents=len(missing),
-        computed_positions=sum(len(s.trained) for s in missing.values()),
+        computed_positions=positions,
         elapsed_s=time.perf_counter() - started,
         store_documents=len(store),
         store_positions=store.positions,

@@ -9,9 +9,9 @@ The columns of a record, for k entries (all integers little-endian, one byte pla
     label   1              the label's log-prob, nearest code
     entropy 1              nearest multiple of 1/16 nat
 
-A code c stands for exp(-c / 16), 255 for zero. Probabilities are rounded up or down at random, so that the mean of what is
-stored is the value itself: rounding to the nearest code leaves a bias of up to 2.9 % in an entry, this leaves none. Reading a
-record makes head and tail sum to 1 again: the largest cell takes what the others leave, which keeps the mean.
+A code c stands for exp(-c / 16), 255 for zero. Probabilities are rounded up or down at random, so that the mean of what
+is stored is the value itself: rounding to the nearest code leaves a bias of up to 3.2 % in an entry, this leaves none.
+Reading a record makes head and tail sum to 1 again: the largest cell takes what the others leave, which keeps the mean.
 """
 
 import numpy as np
@@ -37,9 +37,7 @@ def record_width(k: int, vocab_size: int) -> int:
     return k * id_bytes(vocab_size) + k + _head_bytes(k) + 3
 
 
-def encode(
-    selected: Selected, rounding: npt.NDArray[np.float64], selection: Selection, vocab_size: int
-) -> npt.NDArray[np.uint8]:
+def encode(selected: Selected, rounding: npt.NDArray[np.float64], vocab_size: int) -> npt.NDArray[np.uint8]:
     """Pack N positions into records uint8 [N, record_width].
 
     Args:
@@ -112,14 +110,14 @@ def round_at_random(probs: npt.NDArray[np.float64], uniform: npt.NDArray[np.floa
         exact = -np.log(probs) * STEPS_PER_NAT
     above = np.clip(np.floor(np.minimum(exact, SMALLEST)), 0, SMALLEST).astype(np.int64)
     upper, lower = PROBS[above], PROBS[above + 1]
-    return (above + (uniform * (upper - lower) >= probs - lower)).astype(np.uint8)
+    return np.asarray(above + (uniform * (upper - lower) >= probs - lower), np.uint8)
 
 
 def sum_to_one(cells: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Give the largest cell of each row [N, m] what the others leave of 1.
 
-    Each cell is an unbiased estimate, so the largest stays one; dividing by the sum would bias every cell. Only where that would
-    cost the largest half of its value (hundreds of equal cells) is the row divided by its sum.
+    Each cell is an unbiased estimate, so the largest stays one; dividing by the sum would bias every cell. Only where
+    that would cost the largest half of its value (hundreds of equal cells) is the row divided by its sum.
     """
     rows, largest = np.arange(len(cells)), cells.argmax(axis=1)
     others = cells.copy()

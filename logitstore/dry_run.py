@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitstore.build import BuildConfig, describe, read_sequences
-from logitstore.plan import Part, plan_batches, unique
+from logitstore.plan import Part, plan_batches, plan_shards, unique
+from logitstore.sealed import GROUP
 from logitstore.selection import Selection
 from logitstore.sequences import TokenizeReport
 from logitstore.teacher import Teacher
@@ -28,7 +29,7 @@ class Estimate:
 
 
 def estimate(config: BuildConfig) -> Estimate:
-    """Run the teacher over about PROBE_TOKENS tokens of what is to do, and write the answers to a store that is thrown away.
+    """Run the teacher over about PROBE_TOKENS tokens of what is to do, and write the answers to a throw-away store.
 
     Raises:
         LogitstoreError: whatever `build` would raise before it starts.
@@ -56,14 +57,18 @@ def estimate(config: BuildConfig) -> Estimate:
     probed = sum(len(record.records) for record in records)
     with tempfile.TemporaryDirectory() as folder:
         store = ZarrStore.create(Path(folder) / "probe.zarr", manifest, teacher.vocabulary)
-        empty = store.disk_bytes
+        empty_bytes = store.disk_bytes
         store.write_shard(records)
-        shard_bytes = (store.disk_bytes - empty) * positions / probed
+        # A shard's metadata is as large for few positions as for many.
+        metadata_bytes = sum(file.stat().st_size for file in store.path.glob(f"shards/*/**/{GROUP}"))
+        bytes_per_position = (store.disk_bytes - empty_bytes - metadata_bytes) / probed
     return Estimate(
         summary=summary,
         documents=len(documents),
         positions=positions,
         probed_positions=probed,
-        disk_bytes=shard_bytes + (empty if there is None else 0),
+        disk_bytes=bytes_per_position * positions
+        + metadata_bytes * len(plan_shards(documents))
+        + (empty_bytes if there is None else 0),
         elapsed_s=elapsed_s * positions / probed,
     )

@@ -14,7 +14,8 @@
         ├── IncompatibleStoreError  built by another teacher, tokenizer or selection
         └── StoreWriteError       full disk, no permission, another writer
 
-A message says what was found, what was expected and what to type next. The commands print it on one line and exit with code 2.
+A message says what was found, what was expected and what to type next. The commands print it on one line and exit with
+code 2.
 """
 
 

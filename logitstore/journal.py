@@ -1,7 +1,8 @@
 """Finished documents on their way into a shard: an append-only file that survives a kill at any moment.
 
-A frame is a 32-bit length, a blake2b-128 of the payload, and the payload: the documents of one teacher batch. Reading stops at
-the first frame that is cut short or does not match, and appending goes on from there; a batch is there whole or not at all.
+A frame is a 32-bit length, a blake2b-128 of the payload, and the payload: the documents of one teacher batch. Reading
+stops at the first frame that is cut short or does not match, and appending goes on from there; a batch is there whole
+or not at all. Private to the machine's builds: no reader of the store looks here.
 """
 
 import fcntl
@@ -9,14 +10,16 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from logitstore.durable import cannot_write
 from logitstore.errors import StoreWriteError
 from logitstore.recipe import DocumentRecord
-from logitstore.zarr_store import ZarrStore, cannot_write
+from logitstore.zarr_store import ZarrStore
 
 FRAME = struct.Struct("<I16s")
 DOCUMENT = struct.Struct("<I")
@@ -25,8 +28,8 @@ DOCUMENT = struct.Struct("<I")
 class ShardWriter:
     """Writes documents into a store: `append` keeps them at once, `commit` makes a shard of them.
 
-    One process at a time may hold a writer of a given name. What an earlier writer of that name had appended and not committed
-    is taken over.
+    One process at a time may hold a writer of a given name. What an earlier writer of that name had appended and not
+    committed is taken over.
 
     Args:
         name: which writer of the store this is, as in "build-1-of-2".
@@ -37,20 +40,22 @@ class ShardWriter:
 
     def __init__(self, store: ZarrStore, name: str) -> None:
         self.store = store
+        self.name = name
         self.path = store.path / f".journal-{name}"
         try:
-            self._file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
+            self._file = open_locked(self.path)
+        except BlockingIOError as error:
             raise StoreWriteError(
                 f"another process is writing {name} into {store.path}; wait for it, or end it"
             ) from error
-        store.refresh()
-        self._pending = {d.key: d for d in self._recover() if d.key not in store}
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            store.refresh()
+            self._pending = {d.key: d for d in self._recover() if d.key not in store}
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -71,45 +76,76 @@ class ShardWriter:
         return self._pending
 
     def append(self, documents: Sequence[DocumentRecord]) -> None:
-        """Keep a batch of documents; when this returns they are on disk."""
+        """Keep a batch of documents; when this returns they are on disk.
+
+        Raises:
+            StoreWriteError: full disk; the batch is not kept, those before it are.
+        """
         payload = b"".join(_pack(documents))
+        frame = FRAME.pack(len(payload), blake2b(payload, digest_size=16).digest()) + payload
+        whole = self._file.tell()
         try:
-            self._file.write(FRAME.pack(len(payload), blake2b(payload, digest_size=16).digest()) + payload)
-            self._flush()
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+            written = 0
+            while written < len(frame):
+                written += self._file.write(frame[written:])
+            os.fsync(self._file.fileno())
+        except BaseException as error:
+            self._cut(whole)  # else the next frame would stand behind half a one, and never be read
+            if isinstance(error, OSError):
+                raise cannot_write(self.path, error) from error
+            raise
         self._pending.update((document.key, document) for document in documents)
 
     def commit(self, keys: Iterable[bytes]) -> None:
-        """Make one shard of pending documents, in this order."""
+        """Make one shard of pending documents, in this order.
+
+        Raises:
+            StoreWriteError: full disk; the documents stay pending.
+        """
         documents = [self._pending[key] for key in keys]
-        self.store.write_shard(documents)
+        self.store.write_shard(documents, self.name)
         for document in documents:
             del self._pending[document.key]
         if self._pending:
             return  # the journal still holds them; what is in a shard by now is passed over when it is read again
         try:
-            self._file.seek(0)
-            self._file.truncate()
-            self._flush()
+            self._cut(0)
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
     def _recover(self) -> Iterator[DocumentRecord]:
-        whole = 0
+        whole, size = 0, self.path.stat().st_size
         while len(head := self._file.read(FRAME.size)) == FRAME.size:
-            size, digest = FRAME.unpack(head)
-            payload = self._file.read(min(size, self.path.stat().st_size))
-            if len(payload) != size or blake2b(payload, digest_size=16).digest() != digest:
+            length, digest = FRAME.unpack(head)
+            payload = self._file.read(min(length, size))
+            if len(payload) != length or blake2b(payload, digest_size=16).digest() != digest:
                 break
             yield from _unpack(payload, self.store.manifest.recipe.record_width)
             whole = self._file.tell()
-        self._file.seek(whole)
-        self._file.truncate()
+        self._cut(whole)
 
-    def _flush(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _cut(self, size: int) -> None:
+        self._file.truncate(size)
+        self._file.seek(size)
+
+
+def open_locked(path: Path) -> FileIO:
+    """Open a file for reading and writing, begun if need be, as the only process to hold it. Unbuffered.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    while True:
+        file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its holder removed it between our two calls
 
 
 def journals(store: Path) -> list[Path]:

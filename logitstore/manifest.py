@@ -18,6 +18,8 @@ class TeacherIdentity:
 
     name: str
     weights_digest: str
+    config_digest: str | None
+    """None where the weights digest covers it, as that of a .gguf file."""
     adapter_digest: str | None
     quantization: str | None
     dtype: str
@@ -53,11 +55,12 @@ class Manifest:
         recipe = self.recipe
         return [
             ("teacher weights", self.teacher.weights_digest, "--teacher"),
+            ("teacher config", self.teacher.config_digest, "--teacher"),
             ("adapter", self.teacher.adapter_digest, "--adapter-path"),
             ("tokenizer", self.tokenizer.fingerprint, "--teacher"),
             ("LM head width", recipe.vocab_size, "--teacher"),
             ("selection", recipe.selection, f"--select {recipe.selection}"),
-            ("temperature", f"{recipe.temperature:g}", f"--temperature {recipe.temperature:g}"),
+            ("temperature", float(recipe.temperature), f"--temperature {recipe.temperature}"),
             ("seed", recipe.seed, f"--seed {recipe.seed}"),
         ]
 

@@ -1,20 +1,16 @@
-"""Loads a teacher or student (mlx-lm directory, GGUF file, hub id), names its weights by content, saves it for mlx-lm.
+"""Loads a teacher or student (mlx-lm directory, GGUF file, hub id), and saves one for mlx-lm.
 
 On a CPU the weights are unpacked and made float32, the one precision in which MLX uses BLAS there; on a GPU they stay
 as they are stored. `import logitstore` never comes here: a store is read where MLX is not installed.
 """
 
-import hashlib
-import json
 import re
 import shutil
-import struct
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import distill_kernels  # noqa: F401  loads the BLAS before MLX
 
@@ -25,17 +21,14 @@ from mlx.nn.layers.quantized import quantize
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import load_adapters
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from logitstore.digest import read_safetensors_header
 from logitstore.errors import ModelError
 from logitstore.gguf import read_gguf
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ADAPTER_LEAVES = {"lora_a", "lora_b", "m"}
-_ADAPTER_FIELDS = ("fine_tune_type", "lora_parameters", "num_layers")
-_BLOCK_BYTES = 1 << 22
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,7 @@ def _load_directory(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     if not files:
         raise ModelError(f"{path} has no model*.safetensors; download it again, or convert it with `mlx_lm.convert`")
     for file in files:
-        _read_safetensors_header(file)  # MLX reads late: a file cut short would fail in the middle of a run
+        read_safetensors_header(file)  # MLX reads late: a file cut short would fail in the middle of a run
     try:
         model, config = mlx_lm.load_model(path, lazy=True)
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
@@ -162,7 +155,7 @@ def _apply_adapter(model: Module, path: Path) -> None:
                 f"{path} has no {name}; expected an adapter directory saved by mlx_lm.lora or distill-train"
             )
     try:
-        stored = set(_read_safetensors_header(path / "adapters.safetensors")[0])
+        stored = set(read_safetensors_header(path / "adapters.safetensors")[0])
         load_adapters(model, str(path))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
@@ -203,108 +196,6 @@ def _parameters(model: Module) -> dict[str, mx.array]:
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".;:")
-
-
-# Digests of content
-
-
-def weights_digest(path: Path, *, quiet: bool = False) -> str:
-    """BLAKE2b-128, in hex, of a model's weights: a .gguf file's bytes, or a directory's ``model*.safetensors``.
-
-    Tensors enter sorted by name, each with dtype, shape and bytes: re-sharding the same weights changes nothing.
-
-    Raises
-    ------
-    ModelError
-        No weights, or a safetensors file that contradicts itself.
-    """
-    if path.is_file() and path.suffix == ".gguf":
-        digest = hashlib.blake2b(digest_size=16)
-        with path.open("rb") as file, _progress(path.stat().st_size, quiet) as bar:
-            for block in _blocks(file, path.stat().st_size, path):
-                digest.update(block)
-                bar.update(len(block))
-        return digest.hexdigest()
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise ModelError(f"{path} has no model*.safetensors and is no .gguf file; expected a model's weights")
-    return _tensors_digest(files, quiet=quiet)
-
-
-def adapter_digest(adapter_path: Path, *, quiet: bool = False) -> str:
-    """BLAKE2b-128, in hex, of an adapter: its tensors, and the config fields that say how they act.
-
-    Raises
-    ------
-    ModelError
-        No adapter there, or a broken one.
-    """
-    config_path = adapter_path / "adapter_config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        fields = json.dumps({field: config.get(field) for field in _ADAPTER_FIELDS}, sort_keys=True)
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{config_path} cannot be read: {_first_line(error)}; expected an adapter directory"
-        ) from error
-    tensors = _tensors_digest([adapter_path / "adapters.safetensors"], quiet=quiet)
-    return hashlib.blake2b(f"{fields}\n{tensors}".encode(), digest_size=16).hexdigest()
-
-
-def _tensors_digest(files: list[Path], *, quiet: bool) -> str:
-    lines: dict[str, str] = {}
-    headers = [(path, *_read_safetensors_header(path)) for path in files]
-    with _progress(sum(path.stat().st_size for path in files), quiet) as bar:
-        for path, tensors, data_start in headers:
-            with path.open("rb") as file:
-                for name, (dtype, shape, begin, end) in tensors.items():
-                    if name in lines:
-                        raise ModelError(
-                            f"{path} holds tensor `{name}` a second time; remove the files of another model"
-                        )
-                    digest = hashlib.blake2b(digest_size=16)
-                    file.seek(data_start + begin)
-                    for block in _blocks(file, end - begin, path):
-                        digest.update(block)
-                        bar.update(len(block))
-                    lines[name] = json.dumps([name, dtype, shape, digest.hexdigest()])
-    text = "\n".join(lines[name] for name in sorted(lines))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _read_safetensors_header(path: Path) -> tuple[dict[str, tuple[str, list[int], int, int]], int]:
-    """Every tensor's dtype, shape, and first and last byte after the header; and where the header ends."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _MAX_HEADER_BYTES):
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {name: (t["dtype"], t["shape"], *map(int, t["data_offsets"])) for name, t in header.items()}
-        data_bytes = size - 8 - length
-        if bad := next((name for name, (_, _, a, b) in tensors.items() if not 0 <= a <= b <= data_bytes), None):
-            raise ValueError(f"tensor `{bad}` extends past the end of the file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(f"{path} cannot be read as safetensors: {_first_line(error)}; download it again") from error
-    return tensors, 8 + length
-
-
-def _blocks(file: BinaryIO, count: int, path: Path) -> Iterator[bytes]:
-    while count > 0:
-        block = file.read(min(count, _BLOCK_BYTES))
-        if not block:
-            raise ModelError(f"{path} became shorter while it was read; wait until its download is complete")
-        count -= len(block)
-        yield block
-
-
-def _progress(total_bytes: int, quiet: bool) -> "tqdm[Any]":
-    """A bar that appears only for work of over a second."""
-    return tqdm(
-        total=total_bytes, unit="B", unit_scale=True, desc="weights digest", delay=1, leave=False, disable=quiet
-    )
 
 
 # Saving

@@ -1,7 +1,7 @@
 """Philox-4x32-10: random numbers that are a function of where they are used, not of when.
 
-Every random choice about a position is drawn from (document key, position, replica), so that a build that was killed, a miss
-that is answered live and another machine all draw the same numbers.
+Every random choice about a position is drawn from (document key, position, replica), so that a build that was killed, a
+miss that is answered live and another machine all draw the same numbers.
 """
 
 import numpy as np
@@ -34,7 +34,8 @@ def position_words(
 ) -> npt.NDArray[np.uint32]:
     """Draw `count` random words for each position of a document: uint32 [P, count].
 
-    The first 64 bits of the key, with the seed added, are Philox's key; (word index, position, replica, 0) is its counter.
+    Philox's key is the first 64 bits of the document's, with the seed added; its counter is (word index / 4, position,
+    replica, 0).
     """
     key = (int.from_bytes(document_key[:8], "little") + seed) & 0xFFFFFFFFFFFFFFFF
     groups = -(-count // 4)
@@ -48,4 +49,4 @@ def position_words(
 
 def uniform(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
     """Turn random words into float64 in [0, 1)."""
-    return words * 2.0**-32
+    return words * np.float64(2.0**-32)

@@ -1,7 +1,7 @@
 """Which documents go into which shard and which teacher batch: pure functions of the documents that are still to do.
 
-Both are greedy walks over a fixed order, cut where a limit is reached. So what is planned after an interruption continues what
-was planned before it, batch for batch, and the finished store has the same bytes.
+Both are greedy walks over a fixed order, cut where a limit is reached. So what is planned after an interruption
+continues what was planned before it, batch for batch, and the finished store has the same bytes.
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,10 @@ def plan_shards(documents: dict[bytes, TokenSequence]) -> list[list[bytes]]:
 
 
 def plan_batches(documents: dict[bytes, TokenSequence], batch_tokens: int) -> list[list[bytes]]:
-    """Group documents, longest first, into teacher batches of at most batch_tokens padded tokens; a longer one is alone."""
+    """Group documents, longest first, into teacher batches of at most batch_tokens padded tokens, or of one document.
+
+    Longest first, so that memory is at its highest in the first batch, and batches are padded little.
+    """
     batches: list[list[bytes]] = []
     longest = 0
     for key in sorted(documents, key=lambda key: (-len(documents[key].token_ids), key)):

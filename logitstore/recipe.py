@@ -1,6 +1,7 @@
 """The recipe: the one way from a teacher's logits to the bytes that are kept, and from the bytes to targets.
 
-A build, a miss answered live and a write-back all go through `Recipe.record`; so given the same logits they are the same bytes.
+A build, a miss answered live and a write-back all go through `Recipe.record`; so given the same logits they are the
+same bytes.
 """
 
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Recipe:
     """Width of the teacher's LM head."""
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature {self.temperature:g} is not above 0; type --temperature 1")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"temperature {self.temperature:g} is not a number above 0; type --temperature 1")
         self.selection.require_vocab(self.vocab_size)
 
     @property
@@ -53,7 +54,10 @@ class Recipe:
     def record(
         self, token_ids: npt.NDArray[np.int32], logits: npt.NDArray[np.float32], first: int = 0
     ) -> npt.NDArray[np.uint8]:
-        """Keep what the recipe says of logits float32 [n, V], those of positions first .. first + n - 1 of a document of L tokens.
+        """Keep what the recipe says of a document of L tokens at positions first .. first + n - 1.
+
+        Args:
+            logits: float32 [n, V], those of these positions.
 
         Returns:
             uint8 [n, record width].
@@ -68,7 +72,7 @@ class Recipe:
 
     def pack(self, selected: Selected, rounding: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
         """Encode entries that were selected elsewhere (on a GPU): uint8 [n, record width]."""
-        return encode(selected, rounding, self.selection, self.vocab_size)
+        return encode(selected, rounding, self.vocab_size)
 
     def read(self, records: npt.NDArray[np.uint8]) -> SparseTargets:
         """Decode a document's records uint8 [P, record width]."""

@@ -1,8 +1,9 @@
 """Which entries of a next-token distribution are kept: logits in, `Selected` out. NumPy, on the CPU.
 
 `distill_kernels.select` is the same algorithm in MLX, for a teacher on a GPU; both draw from the random words that
-`randomness` makes. The vocabulary is seen as 64 x B with B = ceil(V / 64): block b holds the ids b, b + B, b + 2B, ... A position
-costs one pass for the maximum, one for exp, and sums over blocks; no sort and no cumulative sum over V.
+`randomness` makes. The vocabulary is seen as 64 x B with B = ceil(V / 64): block b holds the ids b, b + B, b + 2B,
+... A position costs one pass for the maximum, one for exp, and sums over blocks; no sort and no cumulative sum over
+V.
 """
 
 from dataclasses import dataclass
@@ -109,9 +110,9 @@ def select(
 ) -> Selected:
     """Keep k entries of softmax(logits / temperature) at each of N positions.
 
-    `threshold:k` finds tau with sum_i min(1, p_i / tau) = k, keeps every p_i > tau, and draws the rest by systematic sampling in
-    a random order of blocks with inclusion probability p_i / tau; a drawn entry weighs tau, and E[weight_i] = p_i.
-    `top-k:K` keeps the K largest. Equal logits are ordered by id.
+    `threshold:k` finds tau with sum_i min(1, p_i / tau) = k, keeps every p_i > tau, and draws the rest by systematic
+    sampling in a random order of blocks with inclusion probability p_i / tau; a drawn entry weighs tau, and
+    E[weight_i] = p_i. `top-k:K` keeps the K largest. Equal logits are ordered by id.
 
     Args:
         logits: float32 [N, V]; may hold -inf.
@@ -122,7 +123,8 @@ def select(
     Raises:
         ValueError: NaN or +inf among the logits, or a row with no finite logit.
 
-    Reference: Duffield, Lund and Thorup, "Priority sampling", JACM 2007 (threshold weights); Madow, 1949 (systematic sampling).
+    Reference: Duffield, Lund and Thorup, "Priority sampling", JACM 2007 (threshold weights); Madow, 1949 (systematic
+    sampling).
     """
     parts = [
         _select_rows(logits[rows], labels[rows], selection, temperature, random.block_order[rows], random.start[rows])
@@ -208,7 +210,7 @@ def _entropy_and_label(
 
 def _row_sums(p: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     """Sums over V, float64 [N], exact to 1e-7: NumPy adds float32 rows pairwise."""
-    return p.sum(axis=1).astype(np.float64)
+    return np.asarray(p.sum(axis=1), np.float64)
 
 
 def _top_ids(z: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
@@ -233,9 +235,9 @@ def _systematic(
     draws: npt.NDArray[np.int32],
     k: int,
 ) -> npt.NDArray[np.int64]:
-    """Draw draws[n] ids of row n at equal steps along its mass, blocks in the given order: [N, k], in the last slots, by rising id.
+    """Draw draws[n] ids of row n at equal steps along its mass, blocks in the given order.
 
-    The slots before them hold -1, as do all slots of a row without mass.
+    Returns [N, k], the ids in the last slots, rising; the slots before them hold -1, as do all of a row without mass.
     """
     n, _, blocks = p.shape
     mass = np.take_along_axis(block_mass, block_order, axis=1)

@@ -10,9 +10,10 @@ import numpy.typing as npt
 class SparseTargets:
     """The kept entries of P positions, k each. Natural logarithms throughout; all arrays NumPy.
 
-    Position t predicts token t + 1, so a document of L tokens has P = L - 1 positions. An entry is (token id, weight). The first
-    `head_count` entries of a row are the head: exact probabilities, largest first. The others share the tail's mass evenly, ids
-    ascending (`threshold:k`), or are empty: weight 0 (`top-k:K`, and rows whose teacher has fewer than k possible tokens).
+    Position t predicts token t + 1, so a document of L tokens has P = L - 1 positions. An entry is (token id,
+    weight). The first `head_count` entries of a row are the head: exact probabilities, largest first. The others
+    share the tail's mass evenly, ids ascending (`threshold:k`), or are empty: weight 0 (`top-k:K`, and rows whose
+    teacher has fewer than k possible tokens).
     """
 
     positions: npt.NDArray[np.int32]
@@ -24,7 +25,7 @@ class SparseTargets:
     head_count: npt.NDArray[np.int32]
     """[P]; how many leading entries are the head."""
     log_tail_mass: npt.NDArray[np.float32]
-    """[P]; log of the probability outside the head, -inf where it is zero. exp of it and the head's weights sum to 1."""
+    """[P]; log of the probability outside the head, -inf where it is zero. Its exp and the head's weights sum to 1."""
     label_log_prob: npt.NDArray[np.float32]
     """[P]; the teacher's log-probability of token t + 1, at temperature 1."""
     entropy: npt.NDArray[np.float32]

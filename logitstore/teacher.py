@@ -13,11 +13,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.digest import adapter_digest, config_digest, weights_digest
 from logitstore.errors import ModelError
 from logitstore.forward import document_logits
 from logitstore.key import document_key
 from logitstore.manifest import Manifest, TeacherIdentity, TokenizerIdentity
-from logitstore.model import adapter_digest, load_model, weights_digest
+from logitstore.model import load_model
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.selection import Selected, Selection, randomness
 from logitstore.vocabulary import Vocabulary, vocabulary_of
@@ -53,6 +54,7 @@ class Teacher:
         teacher = TeacherIdentity(
             name=loaded.name,
             weights_digest=weights_digest(loaded.path, quiet=self._quiet),
+            config_digest=config_digest(loaded.path),
             adapter_digest=adapter_digest(loaded.adapter_path, quiet=self._quiet) if loaded.adapter_path else None,
             quantization=loaded.quantization,
             dtype=loaded.dtype,
@@ -60,7 +62,7 @@ class Teacher:
         return Manifest(teacher, tokenizer_identity(self.tokenizer, self.vocabulary), recipe)
 
     def records(self, documents: Sequence[npt.NDArray[np.int32]], recipe: Recipe) -> list[DocumentRecord]:
-        """Run the teacher over documents of token ids [L], as one batch, and keep what the recipe says of every position.
+        """Run documents of token ids [L] as one batch, and keep what the recipe says of each position.
 
         Raises:
             ModelError: the teacher gives NaN or infinite logits.

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from mlx_lm.gguf import permute_weights, translate_weight_names
 
+from logitstore.digest import weights_digest
 from logitstore.errors import ModelError
 from logitstore.gguf import GgufModel, Metadata, build_tokenizer, read_gguf
-from logitstore.model import load_model, save_model_dir, weights_digest
+from logitstore.model import load_model, save_model_dir
 from logitstore.vocabulary import vocabulary_of
 from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 

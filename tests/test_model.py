@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from safetensors.numpy import load_file
 
+from logitstore.digest import adapter_digest, weights_digest
 from logitstore.errors import ModelError
-from logitstore.model import _load_directory, adapter_digest, load_model, save_model_dir, weights_digest
+from logitstore.model import _load_directory, load_model, save_model_dir
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 IDS = mx.array([tiny_tokenizer().encode("The teacher runs once, and every student reads")])
