@@ -1,1 +1,1 @@
-"""The two commands. Click only: every decision is made in the packages below, which are imported when a command runs."""
+"""The two commands. Click only: every decision is made in the packages below, imported when a command runs."""

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
+from distill_cli.outcome import INTERRUPTED, one_line_errors, prepare
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -39,10 +39,10 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML with these names as keys.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.pass_context
-def main(context: click.Context, config_file: Path | None, **options: Any) -> None:
+def main(context: click.Context, /, config_file: Path | None, **options: Any) -> None:
     """Train a student on a teacher's next-token distributions, from a store, a live teacher, or both."""
-    with one_line_errors("Nothing was saved: the run had not begun."):
-        from distill_trainer.config import read_config
+    with one_line_errors("No student was saved; type the same command again, with a new --out if that one was begun."):
+        from distill_trainer.config import config_of, read_config
 
         values = read_config(config_file) if config_file else {}
         for name, value in options.items():
@@ -52,14 +52,10 @@ def main(context: click.Context, config_file: Path | None, **options: Any) -> No
         for name in ("student", "dataset", "out"):
             if not values.get(name):
                 raise click.UsageError(f"Missing option '--{name}'.")
-        say_blas()
-        from distill_trainer.config import TrainConfig
+        config = config_of(values)
+        prepare()
         from distill_trainer.train import train
 
-        if isinstance(values.get("store"), str):
-            values["store"] = [values["store"]]
-        values["store"] = tuple(values.get("store", ()))
-        config = TrainConfig(**values)
         report = train(config, lambda line: None if config.quiet else click.echo(line))
         click.echo(
             f"{report.steps:,} steps, {report.trained_tokens:,} tokens at {report.tokens_per_second:,.0f} tokens/s; "
@@ -67,5 +63,9 @@ def main(context: click.Context, config_file: Path | None, **options: Any) -> No
         )
         click.echo(f"load it with {report.load_with}")
     if report.interrupted:
-        click.echo(f"Stopped after {report.steps:,} of {config.iters:,} steps; what was learned is saved.", err=True)
+        click.echo(
+            f"Stopped after {report.steps:,} of {config.iters:,} steps; what was learned so far is saved. "
+            "To train in full, type the same command with a new --out.",
+            err=True,
+        )
         sys.exit(INTERRUPTED)

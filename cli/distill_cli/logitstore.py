@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from distill_cli.outcome import one_line_errors, say_blas
+from distill_cli.outcome import one_line_errors, prepare
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -40,7 +40,7 @@ def build(**options: Any) -> None:
     Run it again to go on after an interruption, or to add what is new in the dataset.
     """
     with one_line_errors("What is finished is kept; type the same command to go on."):
-        say_blas()
+        prepare()
         from logitstore.build import BuildConfig
         from logitstore.build import build as run
 
@@ -49,7 +49,7 @@ def build(**options: Any) -> None:
             _dry_run(config)
             return
         report = run(config, lambda line: None if config.quiet else click.echo(line))
-        per_token = report.disk_bytes / report.store_positions
+        per_token = report.disk_bytes / max(report.store_positions, 1)  # a part may hold no document
         click.echo(
             f"{config.out}: {report.store_documents:,} documents, {report.store_positions:,} positions, "
             f"{report.disk_bytes:,} bytes ({per_token:.1f} per token)"

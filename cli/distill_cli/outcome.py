@@ -1,5 +1,6 @@
 """How a command ends: a foreseeable mistake is one line and exit code 2, Ctrl-C says how to go on."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ INTERRUPTED = 130
 
 @contextmanager
 def one_line_errors(resume: str) -> Iterator[None]:
-    """Turn errors of the tree into one line.
+    """Turn errors of the tree into one line on stderr.
 
     Args:
         resume: what to say after Ctrl-C.
@@ -21,15 +22,16 @@ def one_line_errors(resume: str) -> Iterator[None]:
     try:
         yield
     except LogitstoreError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo("Error: " + " ".join(str(error).splitlines()), err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         click.echo(f"\nStopped. {resume}", err=True)
         sys.exit(INTERRUPTED)
 
 
-def say_blas() -> None:
-    """Load a fast BLAS before MLX, and print the one line of advice where there is none."""
+def prepare() -> None:
+    """Set up the process before MLX and transformers are imported; print the one line of advice on a slow BLAS."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is how it should be
     import distill_kernels
 
     advice = distill_kernels.blas.load().advice

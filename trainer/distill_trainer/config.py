@@ -1,14 +1,16 @@
 """What a training run takes. Flags and config keys are the field names; the resolved config lies beside the output."""
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
 from logitstore.errors import ConfigError
+from logitstore.selection import Selection
 
 OnMiss = Literal["online", "hard-only", "skip", "error"]
 FineTuneType = Literal["lora", "dora", "full"]
@@ -57,17 +59,40 @@ class TrainConfig:
         """
         _require(0 <= self.alpha <= 1, f"alpha is {self.alpha:g}, expected 0 to 1; type --alpha 0.9")
         _require(
-            self.temperature is None or self.temperature > 0,
-            f"temperature is {self.temperature}, expected above 0; type --temperature 1",
+            self.temperature is None or 0 < self.temperature < math.inf,
+            f"temperature is {self.temperature}, expected a number above 0; type --temperature 1",
         )
         _require(self.iters >= 0, f"iters is {self.iters}, expected at least 0; type --iters 1000")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1; type --batch-size 4")
         _require(
-            self.learning_rate > 0,
-            f"learning_rate is {self.learning_rate:g}, expected above 0; type --learning-rate 1e-5",
+            self.max_seq_length >= 2,
+            f"max_seq_length is {self.max_seq_length}, expected at least 2: one token to read and one to predict; "
+            "type --max-seq-length 2048",
         )
         _require(
-            self.keep_layers is None or self.keep_layers >= 1, "keep_layers must be at least 1; type --keep-layers 10"
+            0 < self.learning_rate < math.inf,
+            f"learning_rate is {self.learning_rate:g}, expected a number above 0; type --learning-rate 1e-5",
+        )
+        _require(
+            self.num_layers == -1 or self.num_layers >= 1,
+            f"num_layers is {self.num_layers}, expected at least 1, or -1 for all; type --num-layers 16",
+        )
+        _require(
+            self.keep_layers is None or self.keep_layers >= 1,
+            f"keep_layers is {self.keep_layers}, expected at least 1; type --keep-layers 10",
+        )
+        _require(self.seed >= 0, f"seed is {self.seed}, expected at least 0; type --seed 0")
+        if self.select is not None:
+            Selection.parse(self.select)
+        rank, scale, dropout = (self.lora_parameters.get(name) for name in ("rank", "scale", "dropout"))
+        _require(
+            isinstance(rank, int)
+            and rank >= 1
+            and isinstance(scale, int | float)
+            and isinstance(dropout, int | float)
+            and 0 <= dropout < 1,
+            f"lora_parameters is {dict(self.lora_parameters)}, expected rank, scale and dropout, "
+            "as in {rank: 8, scale: 20.0, dropout: 0.0}",
         )
         _require(
             self.fine_tune_type in get_args(FineTuneType),
@@ -82,12 +107,22 @@ class TrainConfig:
             "--on-miss online needs a teacher to ask; type --teacher T, or --on-miss hard-only, skip or error",
         )
         _require(
-            not self.write_back or (bool(self.store) and self.teacher is not None),
-            "--write-back keeps a teacher's answers in a store; type --store STORE and --teacher T with it",
+            self.adapter_path is None or self.teacher is not None,
+            "--adapter-path is the teacher's, and there is none; type --teacher T with it",
         )
         _require(
             self.alpha == 0 or bool(self.store) or self.teacher is not None,
             "nothing to distil from; type --store STORE, --teacher T, or --alpha 0 for cross-entropy alone",
+        )
+        _require(
+            self.alpha == 0 or bool(self.store) or self.miss_policy == "online",
+            f"without --store every position is a miss, and --on-miss {self.on_miss} never asks the teacher; "
+            "type --on-miss online, or --alpha 0 for cross-entropy alone",
+        )
+        _require(
+            not self.write_back or (bool(self.store) and self.miss_policy == "online" and self.alpha > 0),
+            "--write-back keeps a teacher's answers in a store; "
+            "type --store STORE, --teacher T, --on-miss online and an --alpha above 0 with it",
         )
 
     @property
@@ -101,16 +136,16 @@ class TrainConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of config keys.
+    """Read a YAML or JSON file of config keys. A key without a value is as good as absent.
 
     Raises:
         ConfigError: it cannot be read, or has a key that no option has, naming the nearest.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ConfigError(f"config {path} cannot be read: {first_line}; expected YAML such as `alpha: 0.9`") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config {path} cannot be read: {reason}; expected YAML such as `alpha: 0.9`") from error
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds {type(values).__name__}, expected keys and values such as `alpha: 0.9`")
     known = [f.name for f in fields(TrainConfig)]
@@ -118,7 +153,68 @@ def read_config(path: Path) -> dict[str, Any]:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
             raise ConfigError(f"config {path} has the key {key!r}, which is not known; did you mean {nearest[0]!r}?")
-    return values
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def config_of(values: Mapping[str, Any]) -> TrainConfig:
+    """Make a config of values as YAML gives them: 1e-4 is a string there, 1000.0 may stand for 1000.
+
+    Raises:
+        ConfigError: a value of another type than its key takes.
+    """
+    hints = get_type_hints(TrainConfig)
+    typed = {}
+    for name, value in values.items():
+        expected, read = _KINDS[hints[name]]
+        try:
+            typed[name] = read(value)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{name} is {value!r}, expected {expected}; see `distill-train --help`") from None
+    return TrainConfig(**typed)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    number = _number(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _of(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return read
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(_of(str), [value] if isinstance(value, str) else value))
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
+    str: ("text", _of(str)),
+    str | None: ("text", _of(str)),
+    OnMiss | None: ("text", _of(str)),
+    FineTuneType: ("text", _of(str)),
+    tuple[str, ...]: ("a path, or a list of paths", _texts),
+    bool: ("true or false", _of(bool)),
+    int: ("a whole number", _whole),
+    int | None: ("a whole number", _whole),
+    float: ("a number", _number),
+    float | None: ("a number", _number),
+    Mapping[str, Any]: ("keys and values such as {rank: 8}", _of(dict)),
+}
+"""For each type of a field: what to expect, and how a value is read as one."""
 
 
 def _require(condition: bool, message: str) -> None:

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -20,28 +20,37 @@ BASE = "base"
 
 
 def load_student(config: TrainConfig) -> LoadedModel:
-    """Load the student, cut it where asked, and leave trainable what `fine_tune_type` trains.
-
-    The base of an adapter is written below the output where it exists nowhere else as an mlx-lm model.
+    """Load the student, and cut it where asked. Nothing is written, and nothing is trainable yet.
 
     Raises:
-        ModelError: it does not load, or cannot be cut or adapted.
+        ModelError: it does not load, or cannot be cut or trained.
     """
-    mx.random.seed(config.seed)
     student = load_model(config.student)
-    model = student.model
+    if config.fine_tune_type == "full" and student.quantization and student.dtype != "float32":
+        raise ModelError(
+            f"student {student.name} is quantised ({student.quantization}) and cannot be trained in full; "
+            "type --fine-tune-type lora"
+        )
     if config.keep_layers is not None:
         keep_layers(student, config.keep_layers)
-    if config.fine_tune_type != "full" and needs_base(student, config):
-        save_model_dir(model, student.tokenizer, student.config, Path(config.out) / BASE)
+    return student
+
+
+def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
+    """Leave trainable what `fine_tune_type` trains; new parameters are drawn from the run's seed.
+
+    An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model.
+
+    Raises:
+        ConfigError: LoRA parameters that cannot be used.
+    """
+    model = student.model
+    mx.random.seed(config.seed)
     if config.fine_tune_type == "full":
-        if student.quantization and student.dtype != "float32":
-            raise ModelError(
-                f"student {student.name} is quantised ({student.quantization}) and cannot be trained in full; "
-                "type --fine-tune-type lora"
-            )
         model.unfreeze()
     else:
+        if needs_base(student, config):
+            save_model_dir(model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()
         lora = dict(config.lora_parameters)
         try:
@@ -51,7 +60,6 @@ def load_student(config: TrainConfig) -> LoadedModel:
                 f"lora_parameters {lora} cannot be used: {error}; expected rank, scale and dropout"
             ) from error
     model.train()
-    return student
 
 
 def keep_layers(student: LoadedModel, count: int) -> None:
@@ -68,7 +76,10 @@ def keep_layers(student: LoadedModel, count: int) -> None:
     if not isinstance(layers, list) or "num_hidden_layers" not in student.config:
         raise ModelError(f"student {student.name} has no plain list of layers to cut; leave --keep-layers out")
     if count > len(layers):
-        raise ConfigError(f"student {student.name} has {len(layers)} layers; type --keep-layers with at most that")
+        raise ConfigError(
+            f"student {student.name} has {len(layers)} layers, --keep-layers asks for {count}; "
+            f"type --keep-layers with at most {len(layers)}"
+        )
     kept = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
     trunk.layers = [layers[i] for i in kept]  # type: ignore[union-attr]
     student.config["num_hidden_layers"] = count
@@ -92,7 +103,7 @@ def save_student(student: LoadedModel, config: TrainConfig) -> str:
         "lora_parameters": dict(config.lora_parameters),
         "model": base,
     }
-    mx.save_safetensors(str(out / "adapters.safetensors"), dict(tree_flatten(student.model.trainable_parameters())))
+    mx.save_safetensors(str(out / "adapters.safetensors"), trainable(student.model))
     (out / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     return f'mlx_lm.load("{base}", adapter_path="{out}")'
 
@@ -102,7 +113,6 @@ def needs_base(student: LoadedModel, config: TrainConfig) -> bool:
     return student.path.is_file() or config.keep_layers is not None
 
 
-def trainable_parameters(model: nn.Module) -> int:
-    """How many numbers are trained."""
-    leaves: list[tuple[str, Any]] = tree_flatten(model.trainable_parameters())
-    return sum(leaf.size for _, leaf in leaves)
+def trainable(model: Module) -> dict[str, mx.array]:
+    """The parameters that are trained, by name."""
+    return cast(dict[str, mx.array], tree_flatten(model.trainable_parameters(), destination={}))  # type: ignore[no-untyped-call]

@@ -1,14 +1,14 @@
 """Where a document's targets come from: the stores in order, then the live teacher, or nobody.
 
-A miss is counted in positions and handled by the run's policy. What the teacher answers goes through the same recipe as a
-build, so it is what the store would have said; with a writer it is kept for the next run.
+A miss is counted in positions and handled by the run's policy. What the teacher answers goes through the same recipe as
+a build, so it is what the store would have said; with a writer it is kept for the next run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill_trainer.config import OnMiss
-from logitstore.errors import IncompatibleStoreError, MissingTargetsError
+from logitstore.errors import MissingTargetsError
 from logitstore.journal import ShardWriter
 from logitstore.key import document_key
 from logitstore.plan import SHARD_POSITIONS
@@ -55,8 +55,7 @@ class TargetSource:
 
     def missing(self, sequences: Sequence[TokenSequence]) -> int:
         """How many of these documents the stores have no answer for; reads no values."""
-        keys = [document_key(sequence.token_ids) for sequence in sequences]
-        return sum(not any(key in store for store in self._stores) for key in keys)
+        return sum(not self._holds(document_key(sequence.token_ids)) for sequence in sequences)
 
     def answer(self, sequences: Sequence[TokenSequence]) -> tuple[list[SparseTargets | None], Count]:
         """Targets of each document, or None where it has none by the run's policy.
@@ -92,6 +91,9 @@ class TargetSource:
         if self._writer is not None and self._writer.pending:
             self._writer.commit(list(self._writer.pending))
 
+    def _holds(self, key: bytes) -> bool:
+        return any(key in store for store in self._stores) or (self._writer is not None and key in self._writer)
+
     def _look_up(self, sequence: TokenSequence) -> SparseTargets | None:
         for store in self._stores:
             targets = store.get(sequence.token_ids)
@@ -102,28 +104,3 @@ class TargetSource:
             if kept is not None:
                 return self.recipe.read(kept.records)
         return None
-
-
-def require_one_recipe(stores: Sequence[ZarrStore]) -> None:
-    """Check that several stores were made by the same teacher in the same way.
-
-    Raises:
-        IncompatibleStoreError: naming the first that differs.
-    """
-    for store in stores[1:]:
-        store.manifest.require_compatible(stores[0].manifest, store.path)
-
-
-def require_same_tokenizer(store: ZarrStore, student_fingerprint: str, student: str) -> None:
-    """Check that a student reads the token ids that the store was made of.
-
-    Raises:
-        IncompatibleStoreError: saying which commands serve this student.
-    """
-    found = store.manifest.tokenizer.fingerprint
-    if found != student_fingerprint:
-        raise IncompatibleStoreError(
-            f"{store.path} was built with tokenizer {found} (teacher {store.manifest.teacher.name}), student {student} has "
-            f"{student_fingerprint}; type --student with a model of the teacher's tokenizer, or "
-            "`logitstore build --teacher` with a model of the student's"
-        )

@@ -1,11 +1,13 @@
 """Train a student: documents and targets in, an mlx-lm model or adapter out. Reads from top to bottom."""
 
 import json
+import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import distill_kernels
 from distill_kernels import BucketKL, RowLoss, SparseKL
@@ -17,18 +19,13 @@ from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.config import TrainConfig
-from distill_trainer.student import load_student, save_student, trainable_parameters
-from distill_trainer.targets import Count, TargetSource, require_one_recipe, require_same_tokenizer
+from distill_trainer.student import load_student, make_trainable, save_student, trainable
+from distill_trainer.target_source import open_stores, target_source
+from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
-from logitstore.errors import ConfigError, DatasetError, MissingTargetsError
-from logitstore.journal import ShardWriter
+from logitstore.errors import ConfigError, DatasetError, MissingTargetsError, ModelError
 from logitstore.recipe import Recipe
-from logitstore.selection import Selection
 from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
-from logitstore.store import open_store
-from logitstore.teacher import Teacher
-from logitstore.vocabulary import vocabulary_of
-from logitstore.zarr_store import ZarrStore
 
 LOGIT_ROWS = 256
 """Positions whose logits exist at one time: 50 MB of float32 at V = 49,152."""
@@ -45,7 +42,7 @@ class TrainReport:
     elapsed_s: float = 0.0
     """Time in steps, targets included; loading and saving apart."""
     count: Count = field(default_factory=Count)
-    final: dict[str, float] = field(default_factory=dict)
+    final: dict[str, Any] = field(default_factory=dict)
     """The last step's metrics."""
     interrupted: bool = False
 
@@ -54,7 +51,7 @@ class TrainReport:
         return self.trained_tokens / self.elapsed_s if self.elapsed_s else 0.0
 
 
-def train(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -> TrainReport:
+def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
     """Train a student and save it to `config.out`. Ctrl-C ends the run early and saves what was learned.
 
     Args:
@@ -63,36 +60,69 @@ def train(config: TrainConfig, say: Callable[[str], None] = lambda line: None) -
     Raises:
         LogitstoreError: see `logitstore.errors`.
     """
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} holds something already; type --out with a new folder")
+    require_new(Path(config.out))
     stores = open_stores(config)
+    rows = read_documents(config.dataset, split=config.split)
     student = load_student(config)
     report = TokenizeReport()
-    rows = read_documents(config.dataset, split=config.split)
     sequences = list(tokenize(rows, student.tokenizer, config.max_seq_length, report))
     if not sequences:
         raise DatasetError(
             f"{config.dataset} has no document with two tokens and a trained position; type --dataset with another"
         )
-    say(
-        f"{len(sequences):,} documents, {report.trained_positions:,} trained positions"
-        + (f"; {report.truncated_documents:,} cut at --max-seq-length" if report.truncated_documents else "")
-    )
+    say(describe(report))
 
-    with ExitStack() as stack:
-        source = target_source(config, stores, student.tokenizer, stack) if config.alpha > 0 else None
-        if source is not None:
-            say_coverage(source, sequences, config, say)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "distill_train.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
-        say(f"training {trainable_parameters(student.model):,} parameters for {config.iters:,} steps")
-        run = run_steps(config, student.model, sequences, source, out)
-    run.load_with = save_student(student, config)
-    (out / "summary.json").write_text(
-        json.dumps(asdict(run) | {"tokens_per_second": run.tokens_per_second}, indent=1) + "\n"
-    )
+    with output_folder(Path(config.out)) as out:
+        asked = target_source(config, stores, student.tokenizer) if config.alpha > 0 else nullcontext()
+        with asked as source:
+            if source is not None:
+                say_coverage(source, sequences, config, say)
+            (out / "distill_train.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
+            make_trainable(student, config)
+            parameters = sum(parameter.size for parameter in trainable(student.model).values())
+            say(f"training {parameters:,} parameters for {config.iters:,} steps")
+            run = run_steps(config, student.model, sequences, source, out)
+        run.load_with = save_student(student, config)
+        summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return run
+
+
+def require_new(out: Path) -> None:
+    """Check that nothing would be overwritten.
+
+    Raises:
+        ConfigError: the output folder holds something, or cannot be looked into.
+    """
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} holds something already; type --out with a new folder")
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """Make the folder of a run's output; take it away again where the run ends before anything is in it.
+
+    Raises:
+        ConfigError: it cannot be written: no permission, full disk.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            yield out
+        except BaseException:
+            if not any(out.iterdir()):
+                out.rmdir()
+            raise
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
+def cannot_write(out: Path, error: OSError) -> ConfigError:
+    """The one line for a full disk, a missing permission and the like."""
+    return ConfigError(f"{out} cannot be written: {error.strerror or error}; mend this, or type another --out")
 
 
 def run_steps(
@@ -117,13 +147,20 @@ def run_steps(
                 chosen = [sequences[i] for i in next(batches)]
                 targets, count = source.answer(chosen) if source else ([None] * len(chosen), Count())
                 report.count += count
+                taught = count.hits + (count.misses if weighing.on_miss == "online" else 0)
                 batch = collate(chosen, targets, weighing)
-                n, loss, kd_loss, ce_loss = 0, mx.array(0.0), mx.array(0.0), mx.array(0.0)
+                n, loss, kd_loss, ce_loss = 0, None, None, None
                 if batch is not None:
                     n = len(batch.rows)
-                    (loss, kd_loss, ce_loss), gradients = step(batch)
+                    means, gradients = step(batch)
                     optimizer.update(model, gradients)
-                    mx.eval(model.parameters(), optimizer.state, loss, kd_loss, ce_loss)
+                    mx.eval(trainable(model), optimizer.state, means)
+                    loss, kd_loss, ce_loss = (float(mean.item()) for mean in means)
+                    if not math.isfinite(loss):
+                        raise ModelError(
+                            f"the loss of step {report.steps + 1} is {loss}, expected a number; "
+                            f"type --learning-rate below {config.learning_rate:g}"
+                        )
                 elapsed_s = time.perf_counter() - started
 
                 report.steps += 1
@@ -131,9 +168,9 @@ def run_steps(
                 report.elapsed_s += elapsed_s
                 report.final = {
                     "step": report.steps,
-                    "loss": loss.item(),
-                    "kd_loss": kd_loss.item(),
-                    "ce_loss": ce_loss.item(),
+                    "loss": loss,
+                    "kd_loss": kd_loss if taught else None,
+                    "ce_loss": ce_loss,
                     "hits": count.hits,
                     "misses": count.misses,
                     "trained_tokens": n,
@@ -143,7 +180,7 @@ def run_steps(
                 }
                 metrics.write(json.dumps(report.final) + "\n")
                 metrics.flush()
-                bar.set_postfix(loss=f"{report.final['loss']:.3f}", refresh=False)
+                bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
             report.interrupted = True
@@ -151,12 +188,13 @@ def run_steps(
 
 
 def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
-    """Mean over trained positions of kd_weight · KL + ce_weight · CE; then the mean KL where there are targets, the mean CE.
+    """Mean over trained positions of kd_weight · KL + ce_weight · CE; mean KL where there are targets; mean CE.
 
     The logits of a chunk of positions exist at a time, never [batch, length, vocab].
     """
-    constants = (batch.ids, batch.weights)
-    constants += (batch.log_tail_mass, batch.labels) if isinstance(losses, BucketKL) else (batch.labels,)
+    constants: tuple[mx.array, ...] = (batch.ids, batch.weights, batch.labels)
+    if isinstance(losses, BucketKL):
+        constants = (batch.ids, batch.weights, batch.log_tail_mass, batch.labels)
     if head.reason is None:
         hidden = head.trunk(batch.tokens)
         kl, ce = distill_kernels.chunked(
@@ -177,72 +215,21 @@ def row_loss(recipe: Recipe | None) -> RowLoss:
     return BucketKL(recipe.temperature) if recipe.selection.kind == "top-k" else SparseKL(recipe.temperature)
 
 
-def open_stores(config: TrainConfig) -> list[ZarrStore]:
-    """Open the stores that are there; the first may be begun by the run itself when it writes back.
-
-    Raises:
-        StoreError: as `open_store`; stores that differ; a temperature or selection that the store does not have.
-    """
-    paths = list(config.store)
-    if config.write_back and not Path(paths[0]).exists():
-        paths.pop(0)
-    stores = [open_store(path) for path in paths]
-    require_one_recipe(stores)
-    for store in stores[:1]:
-        recipe = store.manifest.recipe
-        if config.temperature is not None and config.temperature != recipe.temperature:
-            raise ConfigError(
-                f"{store.path} was built at temperature {recipe.temperature:g}, this run asks for {config.temperature:g}; "
-                f"leave --temperature out, or type `logitstore build --temperature {config.temperature:g}` for another store"
-            )
-        if config.select is not None and Selection.parse(config.select) != recipe.selection:
-            raise ConfigError(
-                f"{store.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
-                f"leave --select out, or type `logitstore build --select {config.select}` for another store"
-            )
-    return stores
-
-
-def target_source(config: TrainConfig, stores: list[ZarrStore], tokenizer: object, stack: ExitStack) -> TargetSource:
-    """Put together who answers: stores, live teacher, and the writer that keeps its answers.
-
-    Raises:
-        IncompatibleStoreError: store, teacher and student do not belong together.
-    """
-    fingerprint = vocabulary_of(tokenizer).fingerprint()
-    for store in stores:
-        require_same_tokenizer(store, fingerprint, config.student)
-    teacher = None
-    if config.teacher is not None and (config.miss_policy == "online" or not stores):
-        teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
-    if teacher is None:
-        return TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
-
-    if stores:
-        recipe = stores[0].manifest.recipe
-        wanted = teacher.manifest(recipe.selection, recipe.temperature, recipe.seed)
-        stores[0].manifest.require_compatible(wanted, stores[0].path)
-    else:
-        selection = Selection.parse(config.select or "threshold:16")
-        wanted = teacher.manifest(selection, config.temperature or 1.0, seed=0)
-        if teacher.vocabulary.fingerprint() != fingerprint:
-            raise ConfigError(
-                f"teacher {config.teacher} and student {config.student} have different tokenizers; "
-                "type --student with a model of the teacher's tokenizer"
-            )
-    writer = None
-    if config.write_back:
-        path = Path(config.store[0])
-        if not path.exists():
-            stores.insert(0, ZarrStore.create(path, wanted, teacher.vocabulary))
-        writer = stack.enter_context(ShardWriter(stores[0], "write-back"))
-    source = TargetSource(stores, wanted.recipe, config.miss_policy, teacher, writer)
-    stack.callback(source.close)
-    return source
+def describe(report: TokenizeReport) -> str:
+    """One line about the documents."""
+    used = report.documents - report.skipped_documents
+    parts = [f"{used:,} documents, {report.trained_positions:,} trained positions"]
+    if report.truncated_documents:
+        parts.append(
+            f"{report.truncated_documents:,} cut at --max-seq-length ({report.truncated_tokens:,} tokens dropped)"
+        )
+    if report.skipped_documents:
+        parts.append(f"{report.skipped_documents:,} skipped: nothing to train on")
+    return "; ".join(parts)
 
 
 def say_coverage(
-    source: TargetSource, sequences: list[TokenSequence], config: TrainConfig, say: Callable[[str], None]
+    source: TargetSource, sequences: list[TokenSequence], config: TrainConfig, say: Callable[[str], object]
 ) -> None:
     """Say before the first step how many documents the stores lack, and what will be done about them.
 
@@ -251,11 +238,11 @@ def say_coverage(
     """
     missing = source.missing(sequences)
     if config.store:
-        say(
-            f"{len(sequences) - missing:,} of {len(sequences):,} documents are in the store; on a miss: {config.miss_policy}"
-        )
+        there = len(sequences) - missing
+        say(f"{there:,} of {len(sequences):,} documents are in the store; on a miss: {config.miss_policy}")
     if missing and config.miss_policy == "error":
         raise MissingTargetsError(
-            f"{missing:,} of {len(sequences):,} documents are not in the store (is --max-seq-length {config.max_seq_length} "
-            "the --max-length that it was built with?); type --teacher T to ask it live, or --on-miss hard-only or skip"
+            f"{missing:,} of {len(sequences):,} documents are not in the store (is --max-seq-length "
+            f"{config.max_seq_length} the --max-length that it was built with?); "
+            "type --teacher T to ask it live, or --on-miss hard-only or skip"
         )

@@ -1,0 +1,107 @@
+"""Puts together who answers in a run: the stores, the live teacher, and the writer that keeps its answers.
+
+Everything that must fit is held against everything else here, before the first step: stores among themselves, the
+run's temperature and selection, the teacher, the student's tokenizer.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from distill_trainer.config import TrainConfig
+from distill_trainer.targets import TargetSource
+from logitstore.build import open_or_create
+from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.journal import ShardWriter
+from logitstore.selection import Selection
+from logitstore.store import open_store
+from logitstore.teacher import Teacher
+from logitstore.vocabulary import vocabulary_of
+from logitstore.zarr_store import ZarrStore
+
+
+def open_stores(config: TrainConfig) -> list[ZarrStore]:
+    """Open the stores that are there; the first may be begun by the run itself when it writes back.
+
+    Raises:
+        StoreError: as `open_store`; stores that differ.
+        ConfigError: a temperature or selection that the stores do not have.
+    """
+    paths = list(config.store)
+    if config.write_back and not Path(paths[0]).exists():
+        paths.pop(0)
+    stores = [open_store(path) for path in paths]
+    for store in stores[1:]:
+        store.manifest.require_compatible(stores[0].manifest, store.path)
+    for store in stores[:1]:
+        recipe = store.manifest.recipe
+        if config.temperature is not None and config.temperature != recipe.temperature:
+            raise ConfigError(
+                f"{store.path} was built at temperature {recipe.temperature:g}, "
+                f"this run asks for {config.temperature:g}; leave --temperature out, "
+                f"or type `logitstore build --temperature {config.temperature:g}` for another store"
+            )
+        if config.select is not None and Selection.parse(config.select) != recipe.selection:
+            raise ConfigError(
+                f"{store.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
+                f"leave --select out, or type `logitstore build --select {config.select}` for another store"
+            )
+    return stores
+
+
+@contextmanager
+def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: object) -> Iterator[TargetSource]:
+    """Give the run its source of targets; what the teacher answered is in the store when the block is left, however.
+
+    Args:
+        stores: from `open_stores`.
+        tokenizer: the student's.
+
+    Raises:
+        IncompatibleStoreError: store, teacher and student do not belong together.
+        StoreWriteError: answers cannot be kept, or another run keeps its own there.
+    """
+    fingerprint = vocabulary_of(tokenizer).fingerprint()
+    for store in stores:
+        require_same_tokenizer(store, fingerprint, config.student)
+    if config.teacher is None or config.miss_policy != "online":
+        yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
+        return
+
+    teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    if stores:
+        recipe = stores[0].manifest.recipe
+        wanted = teacher.manifest(recipe.selection, recipe.temperature, recipe.seed)
+        stores[0].manifest.require_compatible(wanted, stores[0].path)
+    else:
+        if teacher.vocabulary.fingerprint() != fingerprint:
+            raise ConfigError(
+                f"teacher {config.teacher} and student {config.student} have different tokenizers; "
+                "type --student with a model of the teacher's tokenizer"
+            )
+        selection = Selection.parse(config.select or "threshold:16")
+        wanted = teacher.manifest(selection, config.temperature or 1.0, seed=0)
+    with ExitStack() as stack:
+        writer = None
+        if config.write_back:
+            first = open_or_create(Path(config.store[0]), wanted, teacher)
+            stores = [first, *(store for store in stores if store.path != first.path)]
+            writer = stack.enter_context(ShardWriter(first, "write-back"))
+        source = TargetSource(stores, wanted.recipe, config.miss_policy, teacher, writer)
+        stack.callback(source.close)
+        yield source
+
+
+def require_same_tokenizer(store: ZarrStore, student_fingerprint: str, student: str) -> None:
+    """Check that a student reads the token ids that the store was made of.
+
+    Raises:
+        IncompatibleStoreError: saying which commands serve this student.
+    """
+    identity = store.manifest.tokenizer
+    if identity.fingerprint != student_fingerprint:
+        raise IncompatibleStoreError(
+            f"{store.path} was built with tokenizer {identity.fingerprint} (teacher {store.manifest.teacher.name}), "
+            f"student {student} has {student_fingerprint}; type --student with a model of the teacher's tokenizer, or "
+            "`logitstore build --teacher T --dataset D --out STORE` with a teacher of the student's"
+        )
