@@ -5,13 +5,14 @@ The columns of a record, for k entries (all integers little-endian, one byte pla
     ids     k x id_bytes   the head as it is; the tail's first id, then differences
     values  k              the head's probabilities as codes, each minus the one before (mod 256); 0 after the head
     head    1 or 2         number of head entries (2 bytes where k > 255)
-    tail    1              probability outside the head, as a code
+    tail    1              the probability outside the head, as a code
     label   1              the label's log-prob, nearest code
     entropy 1              nearest multiple of 1/16 nat
 
 A code c stands for exp(-c / 16), 255 for zero. Probabilities are rounded up or down at random, so that the mean of what
 is stored is the value itself: rounding to the nearest code leaves a bias of up to 3.2 % in an entry, this leaves none.
-Reading a record makes head and tail sum to 1 again: the largest cell takes what the others leave, which keeps the mean.
+Reading a record makes head and tail sum to 1 again: the cell with the smallest code (of equal ones the tail, then the
+first) takes what the others leave, which keeps the mean.
 """
 
 import numpy as np
@@ -50,7 +51,8 @@ def encode(selected: Selected, rounding: npt.NDArray[np.float64], vocab_size: in
     steps = np.diff(ids, axis=1, prepend=0)
     ids = np.where(in_head | first_tail, ids, steps)
 
-    codes = round_at_random(selected.head_probs, rounding[:, :k]).astype(np.int64)
+    cells = np.concatenate([selected.tail_mass[:, None], selected.head_probs], axis=1)
+    tail, codes = np.split(_mark_largest(round_at_random(cells, np.roll(rounding, 1, axis=1)), cells), [1], axis=1)
     values = np.where(in_head, np.diff(codes, axis=1, prepend=0), 0)
     label = np.clip(np.rint(-selected.label_log_prob * STEPS_PER_NAT), 0, SMALLEST)
     entropy = np.clip(np.rint(selected.entropy * STEPS_PER_NAT), 0, ZERO)
@@ -59,7 +61,7 @@ def encode(selected: Selected, rounding: npt.NDArray[np.float64], vocab_size: in
             _to_planes(ids, id_bytes(vocab_size)),
             values.astype(np.uint8),
             _to_planes(selected.head_count.astype(np.int64)[:, None], _head_bytes(k)),
-            round_at_random(selected.tail_mass, rounding[:, k])[:, None],
+            tail.astype(np.uint8),
             label.astype(np.uint8)[:, None],
             entropy.astype(np.uint8)[:, None],
         ],
@@ -86,8 +88,8 @@ def decode(records: npt.NDArray[np.uint8], selection: Selection, vocab_size: int
         raise ValueError(f"a record holds {head_count.max()} head entries of {k} and id {ids.max()} of {vocab_size:,}")
 
     head_probs = np.where(in_head, PROBS[np.cumsum(values, axis=1, dtype=np.uint8)], 0)
-    cells = sum_to_one(np.concatenate([head_probs, PROBS[tail]], axis=1))
-    weights, tail_mass = cells[:, :k], cells[:, k]
+    cells = sum_to_one(np.concatenate([PROBS[tail], head_probs], axis=1))
+    tail_mass, weights = cells[:, 0], cells[:, 1:]
     if selection.kind == "threshold":
         tau = tail_mass / np.maximum(k - head_count, 1)
         weights = np.where(in_head, weights, tau[:, None])
@@ -113,8 +115,21 @@ def round_at_random(probs: npt.NDArray[np.float64], uniform: npt.NDArray[np.floa
     return np.asarray(above + (uniform * (upper - lower) >= probs - lower), np.uint8)
 
 
+def _mark_largest(codes: npt.NDArray[np.uint8], cells: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Make the largest cell [tail, head ...] the first that has the smallest code, whatever the others were rounded to.
+
+    Its value is what they leave. Were it chosen by the luck of the rounding, two nearly equal cells would be biased.
+    """
+    rows, largest = np.arange(len(cells)), cells.argmax(axis=1)
+    marked = codes.astype(np.int64)
+    above = np.floor(-STEPS_PER_NAT * np.log(cells[rows, largest])).clip(0, SMALLEST).astype(np.int64)
+    tied = (largest > 0) & (codes[:, 0] <= above)  # the tail comes before the head
+    marked[rows, largest] = above - tied
+    return marked
+
+
 def sum_to_one(cells: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Give the largest cell of each row [N, m] what the others leave of 1.
+    """Give the largest cell of each row [N, m] (of equal ones the first) what the others leave of 1.
 
     Each cell is an unbiased estimate, so the largest stays one; dividing by the sum would bias every cell. Only where
     that would cost the largest half of its value (hundreds of equal cells) is the row divided by its sum.
