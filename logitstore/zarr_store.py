@@ -83,6 +83,8 @@ class Shard:
         files = {file: entry for file, entry in self.entry.files.items() if file.startswith(f"{name}/")}
         for problem in file_problems(self.path, files):
             raise damaged(self.path / problem.file, problem.fault)
+        if files.keys() != {f"{name}/{file}" for file in files_below(self.path / name)}:
+            raise ValueError("its files are not those that the shard's entry names")
         array = zarr.open_array(self.path / name, mode="r", zarr_format=3)
         documents, positions = self.entry.documents, self.entry.positions
         shape, dtype = {

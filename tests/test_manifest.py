@@ -1,0 +1,62 @@
+from dataclasses import replace
+
+import pytest
+
+from logitstore.errors import IncompatibleStoreError, StoreFormatError
+from logitstore.manifest import Manifest
+from logitstore.selection import Selection
+from tests.stores import manifest
+
+BASE = manifest("threshold:16")
+
+
+def changed(**recipe: object) -> Manifest:
+    return replace(BASE, recipe=replace(BASE.recipe, **recipe))
+
+
+DIFFERENCES = [
+    (replace(BASE, teacher=replace(BASE.teacher, weights_digest="b" * 32)), "teacher weights", "--teacher"),
+    (replace(BASE, teacher=replace(BASE.teacher, config_digest="b" * 32)), "teacher config", "--teacher"),
+    (replace(BASE, teacher=replace(BASE.teacher, adapter_digest="b" * 32)), "adapter", "--adapter-path"),
+    (replace(BASE, tokenizer=replace(BASE.tokenizer, fingerprint="b" * 32)), "tokenizer", "--teacher"),
+    (changed(vocab_size=301), "LM head width", "--teacher"),
+    (changed(selection=Selection("top-k", 16)), "selection", "--select threshold:16"),
+    (changed(selection=Selection("threshold", 8)), "selection", "--select threshold:16"),
+    (changed(temperature=2.0), "temperature", "--temperature 1.0"),
+    (changed(temperature=1.0000001), "temperature", "--temperature 1.0"),
+    (changed(seed=7), "seed", "--seed 0"),
+]
+
+
+@pytest.mark.parametrize(("other", "what", "flag"), DIFFERENCES)
+def test_a_difference_is_refused_with_what_was_found_expected_and_what_to_type(
+    other: Manifest, what: str, flag: str
+) -> None:
+    assert other.fingerprint != BASE.fingerprint
+    with pytest.raises(IncompatibleStoreError) as caught:
+        BASE.require_compatible(other, "docs.zarr")
+    message = str(caught.value)
+    assert message.startswith(f"docs.zarr was built with {what} ") and f"type {flag}" in message
+    assert "this run has" in message and "\n" not in message
+
+
+def test_names_and_the_type_the_teacher_computed_in_do_not_count() -> None:
+    teacher = replace(BASE.teacher, name="copy", dtype="bfloat16", quantization="4-bit")
+    other = replace(BASE, teacher=teacher, tokenizer=replace(BASE.tokenizer, chat_template_digest="d" * 32))
+    assert other.fingerprint == BASE.fingerprint
+    BASE.require_compatible(other, "docs.zarr")
+
+
+def test_a_temperature_of_one_is_one_however_it_is_written() -> None:
+    assert changed(temperature=1).fingerprint == BASE.fingerprint
+
+
+def test_a_manifest_comes_back_from_json() -> None:
+    assert Manifest.from_json(BASE.to_json(), "x") == BASE
+
+
+def test_a_newer_format_is_refused_by_name() -> None:
+    with pytest.raises(StoreFormatError, match=r"x has format 2, this logitstore reads format 1; type `pip install"):
+        Manifest.from_json(BASE.to_json() | {"format_version": 2, "teacher": "in another form"}, "x")
+    with pytest.raises(StoreFormatError, match="not a logitstore"):
+        Manifest.from_json({"format": "other"}, "x")
