@@ -10,7 +10,7 @@ import pytest
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.student import keep_layers, load_student, make_trainable, save_student, trainable
-from distill_trainer.train import run_steps
+from distill_trainer.train import TrainReport, run_steps
 from logitstore.errors import ConfigError
 from logitstore.model import LoadedModel, load_model
 from tests.runs import World, make_world
@@ -29,7 +29,7 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     student = load_student(config)
     Path(config.out).mkdir()
     make_trainable(student, config)
-    run_steps(config, student.model, world.sequences(), None, Path(config.out))
+    run_steps(config, student.model, world.sequences(), None, Path(config.out), TrainReport())
     line = save_student(student, config)
     student.model.eval()
     return student, line

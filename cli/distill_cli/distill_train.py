@@ -41,7 +41,9 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, prepare
 @click.pass_context
 def main(context: click.Context, /, config_file: Path | None, **options: Any) -> None:
     """Train a student on a teacher's next-token distributions, from a store, a live teacher, or both."""
-    with one_line_errors("No student was saved; type the same command again, with a new --out if that one was begun."):
+    with one_line_errors(
+        "No student was saved; type the same command again, with a new --out where this one was kept."
+    ):
         from distill_trainer.config import config_of, read_config
 
         values = read_config(config_file) if config_file else {}

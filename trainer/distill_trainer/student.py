@@ -50,7 +50,7 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
         model.unfreeze()
     else:
         if needs_base(student, config):
-            save_model_dir(model, student.tokenizer, student.config, Path(config.out) / BASE)
+            write_model(student, Path(config.out) / BASE)
         model.freeze()
         lora = dict(config.lora_parameters)
         try:
@@ -91,10 +91,13 @@ def save_student(student: LoadedModel, config: TrainConfig) -> str:
     """Write what was trained to `config.out` and return the line of Python that loads it.
 
     A full student is an mlx-lm model folder, an adapter an mlx-lm adapter folder.
+
+    Raises:
+        OSError: full disk, no permission.
     """
     out = Path(config.out)
     if config.fine_tune_type == "full":
-        save_model_dir(student.model, student.tokenizer, student.config, out)
+        write_model(student, out)
         return f'mlx_lm.load("{out}")'
     base = str(out / BASE) if needs_base(student, config) else config.student
     settings = {
@@ -103,9 +106,28 @@ def save_student(student: LoadedModel, config: TrainConfig) -> str:
         "lora_parameters": dict(config.lora_parameters),
         "model": base,
     }
-    mx.save_safetensors(str(out / "adapters.safetensors"), trainable(student.model))
+    partial = out / ".partial.safetensors"
+    try:
+        mx.save_safetensors(str(partial), trainable(student.model))
+        partial.rename(out / "adapters.safetensors")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    finally:
+        partial.unlink(missing_ok=True)
     (out / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     return f'mlx_lm.load("{base}", adapter_path="{out}")'
+
+
+def write_model(student: LoadedModel, folder: Path) -> None:
+    """Write the student as an mlx-lm model folder.
+
+    Raises:
+        OSError: full disk; MLX itself speaks of a RuntimeError.
+    """
+    try:
+        save_model_dir(student.model, student.tokenizer, student.config, folder)
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def needs_base(student: LoadedModel, config: TrainConfig) -> bool:

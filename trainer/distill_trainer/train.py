@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,10 +24,11 @@ from distill_trainer.student import load_student, make_trainable, save_student, 
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
-from logitstore.errors import ConfigError, DatasetError, MissingTargetsError, ModelError
+from logitstore.errors import ConfigError, DatasetError, MissingTargetsError, ModelError, StoreError
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
 
+METRICS = "metrics.jsonl"
 LOGIT_ROWS = 256
 """Positions whose logits exist at one time: 50 MB of float32 at V = 49,152."""
 
@@ -52,7 +54,10 @@ class TrainReport:
 
 
 def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
-    """Train a student and save it to `config.out`. Ctrl-C ends the run early and saves what was learned.
+    """Train a student and save it to `config.out`.
+
+    After the first step, Ctrl-C or a store that fails ends the run early and what was learned is saved; before it,
+    nothing is left behind.
 
     Args:
         say: takes one line of text at a time for the user.
@@ -77,14 +82,23 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         with asked as source:
             if source is not None:
                 say_coverage(source, sequences, config, say)
-            (out / "distill_train.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
             make_trainable(student, config)
-            parameters = sum(parameter.size for parameter in trainable(student.model).values())
-            say(f"training {parameters:,} parameters for {config.iters:,} steps")
-            run = run_steps(config, student.model, sequences, source, out)
+            parameters = trainable(student.model).values()
+            require_room(out, sum(parameter.nbytes for parameter in parameters))
+            (out / "distill_train.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
+            say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
+            run, failure = TrainReport(), None
+            try:
+                run_steps(config, student.model, sequences, source, out, run)
+            except (KeyboardInterrupt, StoreError) as error:
+                if not run.steps:
+                    raise
+                run.interrupted, failure = True, error
         run.load_with = save_student(student, config)
         summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if isinstance(failure, StoreError):
+        raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
     return run
 
 
@@ -103,7 +117,7 @@ def require_new(out: Path) -> None:
 
 @contextmanager
 def output_folder(out: Path) -> Iterator[Path]:
-    """Make the folder of a run's output; take it away again where the run ends before anything is in it.
+    """Make the folder of a run's output, which is new; take it away again where the run ends before its first step.
 
     Raises:
         ConfigError: it cannot be written: no permission, full disk.
@@ -113,11 +127,23 @@ def output_folder(out: Path) -> Iterator[Path]:
         try:
             yield out
         except BaseException:
-            if not any(out.iterdir()):
-                out.rmdir()
+            metrics = out / METRICS
+            if not (metrics.exists() and metrics.stat().st_size):
+                shutil.rmtree(out)
             raise
     except OSError as error:
         raise cannot_write(out, error) from error
+
+
+def require_room(out: Path, result_bytes: int) -> None:
+    """Check before the work that its result has room on the disk.
+
+    Raises:
+        OSError: it has not.
+    """
+    free = shutil.disk_usage(out).free
+    if free < result_bytes:
+        raise OSError(f"{free:,} bytes are free, the result takes {result_bytes:,}")
 
 
 def cannot_write(out: Path, error: OSError) -> ConfigError:
@@ -126,10 +152,14 @@ def cannot_write(out: Path, error: OSError) -> ConfigError:
 
 
 def run_steps(
-    config: TrainConfig, model: nn.Module, sequences: list[TokenSequence], source: TargetSource | None, out: Path
-) -> TrainReport:
-    """The loop: batch, targets, loss, step, metrics."""
-    report = TrainReport()
+    config: TrainConfig,
+    model: nn.Module,
+    sequences: list[TokenSequence],
+    source: TargetSource | None,
+    out: Path,
+    report: TrainReport,
+) -> None:
+    """The loop: batch, targets, loss, step, metrics. `report` is kept up to date along the way."""
     head = distill_kernels.split_head(model)
     losses = row_loss(source.recipe if source else None)
     optimizer = optim.Adam(learning_rate=config.learning_rate, bias_correction=True)
@@ -138,53 +168,49 @@ def run_steps(
     step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
 
     with (
-        (out / "metrics.jsonl").open("w") as metrics,
+        (out / METRICS).open("w") as metrics,
         tqdm(total=config.iters, desc="train", unit="step", disable=config.quiet) as bar,
     ):
-        try:
-            while report.steps < config.iters:
-                started = time.perf_counter()
-                chosen = [sequences[i] for i in next(batches)]
-                targets, count = source.answer(chosen) if source else ([None] * len(chosen), Count())
-                report.count += count
-                taught = count.hits + (count.misses if weighing.on_miss == "online" else 0)
-                batch = collate(chosen, targets, weighing)
-                n, loss, kd_loss, ce_loss = 0, None, None, None
-                if batch is not None:
-                    n = len(batch.rows)
-                    means, gradients = step(batch)
-                    optimizer.update(model, gradients)
-                    mx.eval(trainable(model), optimizer.state, means)
-                    loss, kd_loss, ce_loss = (float(mean.item()) for mean in means)
-                    if not math.isfinite(loss):
-                        raise ModelError(
-                            f"the loss of step {report.steps + 1} is {loss}, expected a number; "
-                            f"type --learning-rate below {config.learning_rate:g}"
-                        )
-                elapsed_s = time.perf_counter() - started
+        while report.steps < config.iters:
+            started = time.perf_counter()
+            chosen = [sequences[i] for i in next(batches)]
+            targets, count = source.answer(chosen) if source else ([None] * len(chosen), Count())
+            report.count += count
+            taught = count.hits + (count.misses if weighing.on_miss == "online" else 0)
+            batch = collate(chosen, targets, weighing)
+            n, loss, kd_loss, ce_loss = 0, None, None, None
+            if batch is not None:
+                n = len(batch.rows)
+                means, gradients = step(batch)
+                optimizer.update(model, gradients)
+                mx.eval(trainable(model), optimizer.state, means)
+                loss, kd_loss, ce_loss = (float(mean.item()) for mean in means)
+                if not math.isfinite(loss):
+                    raise ModelError(
+                        f"the loss of step {report.steps + 1} is {loss}, expected a number; "
+                        f"type --learning-rate below {config.learning_rate:g}"
+                    )
+            elapsed_s = time.perf_counter() - started
 
-                report.steps += 1
-                report.trained_tokens += n
-                report.elapsed_s += elapsed_s
-                report.final = {
-                    "step": report.steps,
-                    "loss": loss,
-                    "kd_loss": kd_loss if taught else None,
-                    "ce_loss": ce_loss,
-                    "hits": count.hits,
-                    "misses": count.misses,
-                    "trained_tokens": n,
-                    "learning_rate": config.learning_rate,
-                    "tokens_per_second": n / elapsed_s,
-                    "peak_memory_gb": mx.get_peak_memory() / 1e9,
-                }
-                metrics.write(json.dumps(report.final) + "\n")
-                metrics.flush()
-                bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            report.interrupted = True
-    return report
+            report.steps += 1
+            report.trained_tokens += n
+            report.elapsed_s += elapsed_s
+            report.final = {
+                "step": report.steps,
+                "loss": loss,
+                "kd_loss": kd_loss if taught else None,
+                "ce_loss": ce_loss,
+                "hits": count.hits,
+                "misses": count.misses,
+                "trained_tokens": n,
+                "learning_rate": config.learning_rate,
+                "tokens_per_second": n / elapsed_s,
+                "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            }
+            metrics.write(json.dumps(report.final) + "\n")
+            metrics.flush()
+            bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
+            bar.update()
 
 
 def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
