@@ -22,10 +22,14 @@ def inspect(store: ZarrStore, number: int, shown: int = SHOWN) -> Iterator[str]:
     try:
         token_ids, targets = store.document(number)
     except IndexError:
-        raise ConfigError(
-            f"document {number} is not there: {store.path} holds 0 .. {len(store) - 1}; type --document 0"
-        ) from None
-    text = store.vocabulary.text
+        there = f"0 .. {len(store) - 1}; type --document 0" if len(store) else "none yet; type `logitstore build`"
+        raise ConfigError(f"document {number} is not there: {store.path} holds {there}") from None
+    vocabulary = store.vocabulary
+
+    def text(token_id: int) -> str:
+        # The LM head may be wider than the tokenizer, and every id may be drawn.
+        return vocabulary.text(token_id) if token_id < len(vocabulary) else f"<no token {token_id}>"
+
     yield f"document {number}: {len(token_ids):,} tokens, perplexity {np.exp(-targets.label_log_prob.mean()):.2f}"
     yield LINE.format("pos", "next token", "p", "entropy", "kept candidates (* what followed, ~ drawn from the tail)")
     for t in range(len(targets)):

@@ -63,8 +63,8 @@ def verify(path: Path, *, quiet: bool = False) -> VerifyReport:
             problems.append(Problem(f"{prefix}/{GROUP}", DAMAGED))
             continue
         listed = {f"{prefix}/{file}" for file in (*shard.entry.files, GROUP)}
-        problems += _strays(shards[name], listed)
-        broken = [Problem(f"{prefix}/{p.file}", p.fault) for p in file_problems(shard.path, shard.entry.files)]
+        broken = [*_strays(shards[name], listed)]
+        broken += (Problem(f"{prefix}/{p.file}", p.fault) for p in file_problems(shard.path, shard.entry.files))
         problems += broken
         if manifest and not broken:
             problems += _content_problems(shard, manifest, prefix)

@@ -28,8 +28,6 @@ from logitstore.vocabulary import Vocabulary
 
 CHUNK_POSITIONS = 2048
 ZSTD_LEVEL = 9
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
-"""What zarr raises for bytes that it cannot make sense of."""
 
 
 class Shard:
@@ -75,7 +73,9 @@ class Shard:
             if name not in self._arrays:
                 self._arrays[name] = self._open(name)
             return np.asarray(self._arrays[name][rows])
-        except UNREADABLE as error:
+        except CorruptStoreError:
+            raise
+        except Exception as error:  # zarr raises whatever its parsers and codecs raise
             raise damaged(self.path / name, f"cannot be read ({error})") from error
 
     def _open(self, name: str) -> zarr.Array[Any]:
@@ -158,7 +158,7 @@ class ZarrStore:
                 np.asarray(zarr.open_array(self.path / "vocabulary" / name, mode="r", zarr_format=3)[:])
                 for name in ("bytes", "lengths")
             )
-        except UNREADABLE as error:
+        except Exception as error:
             raise damaged(self.path / "vocabulary", f"cannot be read ({error})") from error
         ends = np.cumsum(lengths).tolist()
         tokens = (data[start:end].tobytes() for start, end in zip([0, *ends[:-1]], ends, strict=True))
