@@ -30,9 +30,14 @@ def main(demo: Path, teacher_path: str) -> None:
     facts = info(open_store(demo / "store.zarr"))
     built = re.search(r"at ([\d,]+) tokens/s", (demo / "build.txt").read_text())
 
-    print(f"\nstore: {facts['documents']:,} documents, {facts['positions']:,} positions, {facts['bytes_per_token']:.1f} bytes per token", end="")
+    print(
+        f"\nstore: {facts['documents']:,} documents, {facts['positions']:,} positions, {facts['bytes_per_token']:.1f} bytes per token",
+        end="",
+    )
     print(f", built at {built[1]} tokens/s" if built else ", nothing computed")
-    print(f"held out: {len(sequences)} documents, {found['distilled'].positions:,} positions; KL(teacher || student) in nats\n")
+    print(
+        f"held out: {len(sequences)} documents, {found['distilled'].positions:,} positions; KL(teacher || student) in nats\n"
+    )
     row = "{:<14} {:>6} {:>9} {:>7} {:>7} {:>8} {:>10} {:>11}"
     print(row.format("student", "steps", "tokens/s", "hits", "misses", "KL", "agreement", "perplexity"))
     for name in STUDENTS:
