@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from distill_cli.outcome import INTERRUPTED, one_line_errors, prepare
+from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -55,7 +55,7 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
             if not values.get(name):
                 raise click.UsageError(f"Missing option '--{name}'.")
         config = config_of(values)
-        prepare()
+        say_blas()
         from distill_trainer.train import train
 
         report = train(config, lambda line: None if config.quiet else click.echo(line))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from distill_cli.outcome import one_line_errors, prepare
+from distill_cli.outcome import one_line_errors, say_blas
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -40,7 +40,7 @@ def build(**options: Any) -> None:
     Run it again to go on after an interruption, or to add what is new in the dataset.
     """
     with one_line_errors("What is finished is kept; type the same command to go on."):
-        prepare()
+        say_blas()
         from logitstore.build import BuildConfig
         from logitstore.build import build as run
 

@@ -1,6 +1,5 @@
 """How a command ends: a foreseeable mistake is one line and exit code 2, Ctrl-C says how to go on."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,9 +28,8 @@ def one_line_errors(resume: str) -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
-def prepare() -> None:
-    """Set up the process before MLX and transformers are imported; print the one line of advice on a slow BLAS."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is how it should be
+def say_blas() -> None:
+    """Load a fast BLAS before MLX, and print the one line of advice where there is none."""
     import distill_kernels
 
     advice = distill_kernels.blas.load().advice
