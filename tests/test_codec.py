@@ -87,7 +87,7 @@ NEAR_TIES = [0.1698, 0.1696, 0.1694, 0.1692, 0.169]
 
 
 @pytest.mark.parametrize(
-    "probs", [[0.31, 0.17, 0.05, 0.013, 4e-4, 3e-7], NEAR_TIES, [0.42, 0.1], [0.5], [1e-3] * 16], ids=str
+    "probs", [[0.31, 0.17, 0.05, 0.013, 4e-4, 3e-7], NEAR_TIES, [0.42, 0.1], [0.5], [0.502], [1e-3] * 16], ids=str
 )
 def test_the_mean_of_2000_roundings_is_the_probability(probs: list[float]) -> None:
     n, k = 2_000, len(probs)
