@@ -220,6 +220,23 @@ def test_ctrl_c_in_the_middle_of_a_step_saves_a_sound_student(
     assert all(tree_map(lambda a, b: bool(mx.array_equal(a, b)), two, cut).values())
 
 
+def test_a_run_that_fails_before_its_first_step_takes_its_own_files_away_and_no_others(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("distill_trainer.train.batch_loss", failing)
+    with pytest.raises(KeyboardInterrupt):
+        world.train(tmp_path / "a", store=(str(world.store),), keep_layers=2)
+    assert not (tmp_path / "a").exists()
+    kept = tmp_path / "b" / "kept.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        world.train(tmp_path / "b", store=(str(kept),), teacher=str(world.teacher), write_back=True)
+    assert list((tmp_path / "b").iterdir()) == [kept]
+    assert len(open_store(kept)) == 2
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, world: World) -> None:
     with pytest.raises(ModelError, match=r"the loss of step \d+ is nan, .* type --learning-rate below 1e\+30"):
         world.train(tmp_path / "o", store=(str(world.store),), fine_tune_type="full", learning_rate=1e30)

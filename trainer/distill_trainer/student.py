@@ -12,11 +12,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from distill_trainer.config import TrainConfig
+from distill_trainer.output import BASE
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, load_model, save_model_dir
-
-BASE = "base"
-"""Folder below the output for an adapter's base, where it is written."""
 
 
 def load_student(config: TrainConfig) -> LoadedModel:

@@ -2,10 +2,9 @@
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.config import TrainConfig
+from distill_trainer.output import CONFIG, METRICS, SUMMARY, output_folder, require_new, require_room
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
-from logitstore.errors import ConfigError, DatasetError, MissingTargetsError, ModelError, StoreError
+from logitstore.errors import DatasetError, MissingTargetsError, ModelError, StoreError
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
 
-METRICS = "metrics.jsonl"
 LOGIT_ROWS = 256
 """Positions whose logits exist at one time: 50 MB of float32 at V = 49,152."""
 
@@ -85,7 +84,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             make_trainable(student, config)
             parameters = trainable(student.model).values()
             require_room(out, sum(parameter.nbytes for parameter in parameters))
-            (out / "distill_train.json").write_text(json.dumps(config.to_json(), indent=1) + "\n")
+            (out / CONFIG).write_text(json.dumps(config.to_json(), indent=1) + "\n")
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
             run, failure = TrainReport(), None
             try:
@@ -96,59 +95,10 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 run.interrupted, failure = True, error
         run.load_with = save_student(student, config)
         summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     if isinstance(failure, StoreError):
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
     return run
-
-
-def require_new(out: Path) -> None:
-    """Check that nothing would be overwritten.
-
-    Raises:
-        ConfigError: the output folder holds something, or cannot be looked into.
-    """
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} holds something already; type --out with a new folder")
-    except OSError as error:
-        raise cannot_write(out, error) from error
-
-
-@contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
-    """Make the folder of a run's output, which is new; take it away again where the run ends before its first step.
-
-    Raises:
-        ConfigError: it cannot be written: no permission, full disk.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            yield out
-        except BaseException:
-            metrics = out / METRICS
-            if not (metrics.exists() and metrics.stat().st_size):
-                shutil.rmtree(out)
-            raise
-    except OSError as error:
-        raise cannot_write(out, error) from error
-
-
-def require_room(out: Path, result_bytes: int) -> None:
-    """Check before the work that its result has room on the disk.
-
-    Raises:
-        OSError: it has not.
-    """
-    free = shutil.disk_usage(out).free
-    if free < result_bytes:
-        raise OSError(f"{free:,} bytes are free, the result takes {result_bytes:,}")
-
-
-def cannot_write(out: Path, error: OSError) -> ConfigError:
-    """The one line for a full disk, a missing permission and the like."""
-    return ConfigError(f"{out} cannot be written: {error.strerror or error}; mend this, or type another --out")
 
 
 def run_steps(
