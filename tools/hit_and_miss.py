@@ -1,7 +1,7 @@
 """How far a hit and a miss agree on a real teacher, after `tools/demo`.
 
-Trains ten steps from the demo's store and ten online with the same selection, and compares the losses; then asks the live
-teacher for every stored document in another batch shape, and counts the entries that are equal.
+Trains ten steps from the demo's store and ten online with the same selection, and compares the losses; then asks the
+live teacher for every stored document in another batch shape, and counts the entries that are equal.
 
     .venv/bin/python tools/hit_and_miss.py .demo
 """
@@ -29,7 +29,7 @@ def main(demo: Path) -> None:
     print(
         f"entries equal to the live teacher's, one document a batch: {equal:,} of {entries:,} ({equal / entries:.4%})"
     )
-    print(f"positions whose record is the same bytes: {records:.2%}")
+    print(f"positions whose targets are the same to the last bit: {records:.2%}")
 
 
 def loss_difference(demo: Path, teacher: str) -> float:
@@ -47,7 +47,7 @@ def loss_difference(demo: Path, teacher: str) -> float:
 
 
 def equal_entries(demo: Path, source: str) -> tuple[int, int, float]:
-    """Entries in all; those that the live teacher keeps too; the share of positions whose records are the same bytes."""
+    """Entries in all; those that the live teacher keeps too; the share of positions whose targets are the same."""
     store, teacher = open_store(demo / "store.zarr"), Teacher(source)
     entries = equal = positions = same = 0
     for number in range(len(store)):
