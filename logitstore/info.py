@@ -15,6 +15,9 @@ def info(store: ZarrStore) -> dict[str, Any]:
         "documents": len(store),
         "positions": positions,
         "disk_bytes": disk_bytes,
+        "vocabulary_bytes": sum(
+            file["bytes"] for name, file in store.root.files.items() if name.startswith("vocabulary")
+        ),
         "bytes_per_token": disk_bytes / positions if positions else None,
         "unfinished_builds": len(journals(store.path)),
     }
@@ -33,7 +36,8 @@ def to_text(facts: dict[str, Any], path: object) -> str:
         "LM head": f"{recipe['vocab_size']:,} wide",
         "selection": f"{recipe['selection']} at temperature {recipe['temperature']:g}, seed {recipe['seed']}",
         "holds": f"{facts['documents']:,} documents, {facts['positions']:,} positions in {facts['shards']:,} shards",
-        "on disk": f"{facts['disk_bytes']:,} bytes, {per_token} bytes per token, all included",
+        "on disk": f"{facts['disk_bytes']:,} bytes, {per_token} per token, all included",
+        "vocabulary": f"{facts['vocabulary_bytes']:,} bytes of that, once however many tokens there are",
     }
     if facts["unfinished_builds"]:
         lines["unfinished"] = (

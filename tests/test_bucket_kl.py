@@ -46,7 +46,9 @@ def problem(rows: int, vocab: int, k: int, t: float, seed: int = 0) -> tuple[Flo
 
 def on_mlx(z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels: Ints) -> list[mx.array]:
     floats, ints = np.float32, np.int32
-    return [mx.array(a.astype(d)) for a, d in ((z, floats), (ids, ints), (p, floats), (log_tail, floats), (labels, ints))]
+    return [
+        mx.array(a.astype(d)) for a, d in ((z, floats), (ids, ints), (p, floats), (log_tail, floats), (labels, ints))
+    ]
 
 
 def gradient(z: mx.array, *rows: mx.array, cts: Floats, t: float) -> NDArray[np.float32]:

@@ -31,7 +31,9 @@ def oracle(z: Floats, ids: NDArray[np.int64], w: Floats, labels: NDArray[np.int6
     return kl, ce
 
 
-def differences(loss: Callable[[Floats], float], z: Floats, places: list[tuple[int, int]], step: float = 1e-4) -> Floats:
+def differences(
+    loss: Callable[[Floats], float], z: Floats, places: list[tuple[int, int]], step: float = 1e-4
+) -> Floats:
     """Return central finite differences of a scalar loss at some coordinates of z."""
     slopes = []
     for place in places:

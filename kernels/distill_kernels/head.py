@@ -126,7 +126,9 @@ def chunked(
         raise ValueError(f"no head apart from its model: {head.reason}")
     if hidden.ndim != 2 or not len(hidden) or chunk_rows < 1 or any(len(r) != len(hidden) for r in rows):
         shapes = [r.shape for r in rows]
-        raise ValueError(f"hidden [N >= 1, D], rows [N, ...], chunk_rows >= 1; found {hidden.shape}, {shapes}, {chunk_rows}")
+        raise ValueError(
+            f"hidden [N >= 1, D], rows [N, ...], chunk_rows >= 1; found {hidden.shape}, {shapes}, {chunk_rows}"
+        )
     row_loss = loss if isinstance(loss, RowLoss) else Autodiff(loss)
     spans = [slice(at, at + chunk_rows) for at in range(0, len(hidden), chunk_rows)]
 

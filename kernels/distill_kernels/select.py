@@ -1,7 +1,8 @@
 """Which entries of a teacher's distribution are kept, on the device where its logits are.
 
-The definition in plain MLX of what `logitstore.selection` does in NumPy; given the same random numbers both keep the same
-entries, up to float32 rounding. The vocabulary is seen as blocks [64, B], B = ceil(V / 64): id = element * B + block.
+The definition in plain MLX of what `logitstore.selection` does in NumPy; given the same random numbers both keep the
+same entries, up to float32 rounding. The vocabulary is seen as blocks [64, B], B = ceil(V / 64): id = element * B +
+block.
 """
 
 from typing import NamedTuple
