@@ -65,4 +65,4 @@ def test_info_counts_what_is_on_disk(tmp_path: Path) -> None:
 
 def test_info_of_an_empty_store_divides_nothing_by_nothing(tmp_path: Path) -> None:
     store = ZarrStore.create(tmp_path / "s", manifest(), VOCABULARY)
-    assert info(store)["bytes_per_token"] is None and "- bytes per token" in to_text(info(store), "s")
+    assert info(store)["bytes_per_token"] is None and "- per token" in to_text(info(store), "s")
