@@ -1,12 +1,14 @@
 """Reads a llama-family GGUF file: weights under mlx-lm's names, an mlx-lm config, and a Hugging Face tokenizer.
 
-Everything comes from the one file: `mx.load` gives tensors and metadata; this module renames, reorders and rebuilds.
+Everything comes from the one file: `gguf_header` checks it, `mx.load` gives tensors and metadata, this module renames
+and reorders, `gguf_tokenizer` builds the tokenizer.
 Packed tensors (Q4_0, Q4_1, Q8_0) stay packed as weight, scales and biases; what MLX unpacks itself arrives as float16.
 It builds no model and casts nothing: `model` does.
 
 Reference: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md (2023).
 """
 
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -16,11 +18,12 @@ from typing import Any, cast
 import distill_kernels  # noqa: F401  loads the BLAS before MLX
 
 import mlx.core as mx
-import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from logitstore.errors import ModelError
+from logitstore.gguf_header import check_header
+from logitstore.gguf_metadata import Metadata
+from logitstore.gguf_tokenizer import build_tokenizer
 
 _GROUP = 32  # values per scale, in every GGUF type that MLX keeps packed
 
@@ -40,24 +43,6 @@ _MODULES = {
 }
 _TENSOR = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias|scales|biases)")
 
-# Where a byte-level tokenizer cuts text before merging, by `tokenizer.ggml.pre`: patterns that belong to those formats.
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PATTERNS = {
-    "gpt-2": [_GPT2],
-    "smollm": [r"\p{N}", _GPT2],
-    "llama-bpe": [_LLAMA3],
-    "qwen2": [_LLAMA3.replace("{1,3}", "")],
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
-}
-_WHOLE_WORDS_FIRST = {"llama-bpe"}  # a word that is a token is not merged from its parts
-_BOS_BY_DEFAULT = {"llama-bpe"}
-
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type
-
 
 @dataclass(frozen=True)
 class GgufModel:
@@ -69,51 +54,39 @@ class GgufModel:
 
 
 def read_gguf(path: Path) -> GgufModel:
-    """Read `path`; tensors are mapped, not yet read.
+    """Read `path`, weights and all.
 
-    Raises
-    ------
-    ModelError
-        Not a GGUF file, cut short, or holding a tensor type, architecture or tokenizer that cannot be served.
+    Raises:
+        ModelError: not a GGUF file, cut short, contradicting itself, not writable, or holding a tensor type,
+            architecture or tokenizer that cannot be served.
     """
+    check_header(path)
+    if not os.access(path, os.W_OK):  # MLX 0.32 maps the file for writing, though it only reads
+        raise ModelError(f"{path} is read-only, MLX opens only GGUF files it may write; type `chmod u+w {path}`")
     try:
         loaded = mx.load(str(path), format="gguf", return_metadata=True)
     except (RuntimeError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as GGUF: {error}; expected F32, F16, Q4_0, Q4_1 or Q8_0") from error
+        raise ModelError(f"{path} cannot be read as GGUF: {error}; download it again") from error
     tensors, raw = cast(tuple[dict[str, mx.array], dict[str, Any]], loaded)
     metadata = Metadata(path, raw)
+    try:
+        return _model(metadata, tensors)
+    except ModelError:
+        raise
+    except Exception as error:  # values of a wrong kind; tokenizers raises plain Exception for merges of unknown tokens
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"{path} contradicts itself ({reason}), expected a llama; download it again") from error
+
+
+def _model(metadata: Metadata, tensors: dict[str, mx.array]) -> GgufModel:
+    path = metadata.path
     architecture = metadata.required("general.architecture")
     if architecture != "llama":
-        raise ModelError(f"{path} holds architecture '{architecture}', expected 'llama'; use its safetensors instead")
+        raise ModelError(f"{path} holds architecture {architecture!r}, expected 'llama'; use its safetensors instead")
     config = _config(metadata, tensors)
     weights = _weights(path, tensors, heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"])
     config |= _quantization(weights)
     return GgufModel(weights, config, build_tokenizer(metadata))
-
-
-class Metadata:
-    """A GGUF file's key-value pairs as plain Python values."""
-
-    def __init__(self, path: Path, raw: dict[str, Any]) -> None:
-        self.path = path
-        self._raw = raw
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self._raw.get(key, default)
-        if not isinstance(value, mx.array):
-            return value
-        if value.dtype == mx.float32 and value.ndim == 0:
-            return float(str(np.array(value)))  # 1e-05, not 9.999999747378752e-06
-        return value.tolist()
-
-    def required(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise ModelError(f"{self.path} has no `{key}` in its metadata; expected a GGUF of a llama-family model")
-        return value
-
-
-# Weights and config
 
 
 def _config(metadata: Metadata, tensors: dict[str, mx.array]) -> dict[str, Any]:
@@ -124,6 +97,10 @@ def _config(metadata: Metadata, tensors: dict[str, mx.array]) -> dict[str, Any]:
         raise ModelError(f"{path} scales its rotary positions, expected plain ones; use its safetensors instead")
     if "token_embd.weight" not in tensors:
         raise ModelError(f"{path} has no `token_embd.weight`: it holds a vocabulary, not a model")
+    layers = metadata.required("llama.block_count")
+    stored = len({name.split(".")[1] for name in tensors if name.startswith("blk.")})
+    if layers != stored:
+        raise ModelError(f"{path} holds {stored} layers, its metadata says {layers}; download it again")
     hidden = metadata.required("llama.embedding_length")
     heads = metadata.required("llama.attention.head_count")
     head_dim = metadata.get("llama.attention.key_length", hidden // heads)
@@ -136,7 +113,7 @@ def _config(metadata: Metadata, tensors: dict[str, mx.array]) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "num_hidden_layers": metadata.required("llama.block_count"),
+        "num_hidden_layers": layers,
         "intermediate_size": metadata.required("llama.feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
@@ -187,98 +164,3 @@ def _quantization(weights: dict[str, mx.array]) -> dict[str, Any]:
     common = Counter(bits.values()).most_common(1)[0][0]
     others = {name: {"group_size": _GROUP, "bits": n} for name, n in sorted(bits.items()) if n != common}
     return {"quantization": {"group_size": _GROUP, "bits": common, **others}}
-
-
-# Tokenizer
-
-
-def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
-    """The tokenizer that the metadata describes; its ids are those of llama.cpp with special tokens parsed.
-
-    Raises
-    ------
-    ModelError
-        `tokenizer.ggml.model` or `tokenizer.ggml.pre` is one that is not known here.
-    """
-    kind = metadata.required("tokenizer.ggml.model")
-    tokens: list[str] = metadata.required("tokenizer.ggml.tokens")
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    # Rows that only pad the embedding are no tokens: the vocabulary has holes there.
-    vocab = {token: i for i, token in enumerate(tokens) if not (types[i] == _UNUSED and token == f"[PAD{i}]")}
-    if kind == "gpt2":
-        backend, adds_bos = _byte_level(metadata, vocab)
-    elif kind == "llama":
-        backend, adds_bos = _sentencepiece(metadata, vocab), True
-    else:
-        raise ModelError(f"{metadata.path} has tokenizer '{kind}', expected 'gpt2' or 'llama'; use its safetensors")
-    backend.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=types[i] != _USER_DEFINED)
-            for token, i in vocab.items()
-            if types[i] in (_UNKNOWN, _CONTROL, _USER_DEFINED)
-        ]
-    )
-    names = {
-        f"{role}_token": tokens[i]
-        for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if (i := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None
-    }
-    before = names.get("bos_token") if metadata.get("tokenizer.ggml.add_bos_token", adds_bos) else None
-    after = names.get("eos_token") if metadata.get("tokenizer.ggml.add_eos_token", False) else None
-    if before or after:
-        ends = [(token, vocab[token]) for token in (before, after) if token]
-        single = [*([before] if before else []), "$A", *([after] if after else [])]
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **names,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-        model_max_length=metadata.get("llama.context_length"),
-    )
-
-
-def _byte_level(metadata: Metadata, vocab: dict[str, int]) -> tuple[Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PATTERNS:
-        known = ", ".join(sorted(_PATTERNS))
-        raise ModelError(f"{metadata.path} cuts text by '{pre}', expected one of {known}; use its safetensors instead")
-    merges = [tuple(merge.split(" ")) for merge in metadata.required("tokenizer.ggml.merges")]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _WHOLE_WORDS_FIRST))
-    cuts = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _PATTERNS[pre]]
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, letters])
-    backend.decoder = decoders.ByteLevel()
-    return backend, pre in _BOS_BY_DEFAULT
-
-
-def _sentencepiece(metadata: Metadata, vocab: dict[str, int]) -> Tokenizer:
-    """SentencePiece's BPE joins the pair whose result scores best.
-
-    Said as merges: every way to halve a token into two tokens, best score first.
-    """
-    scores: list[float] = metadata.required("tokenizer.ggml.scores")
-    halves = [
-        (-scores[i], vocab[token[:cut]], vocab[token[cut:]], (token[:cut], token[cut:]))
-        for token, i in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    ]
-    merges = [merge for *_, merge in sorted(halves)]
-    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
-    tokens = metadata.required("tokenizer.ggml.tokens")
-    backend = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=merges,
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    leading = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "\u2581")
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if leading else spaces
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if leading else steps)
-    return backend

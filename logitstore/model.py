@@ -52,10 +52,8 @@ class LoadedModel:
 def load_model(source: str | Path, *, adapter_path: str | Path | None = None, lazy: bool = False) -> LoadedModel:
     """Load `source`, with the adapter of `adapter_path` if given; `lazy` leaves weights on disk until they are used.
 
-    Raises
-    ------
-    ModelError
-        Whatever is missing, broken, unsupported or out of reach, on one line.
+    Raises:
+        ModelError: whatever is missing, broken, unsupported or out of reach, on one line.
     """
     path = _locate(str(source))
     if path.is_file():
@@ -133,17 +131,17 @@ def _load_directory(path: Path) -> tuple[Module, Any, dict[str, Any]]:
 
 def _load_gguf(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     gguf = read_gguf(path)
-    model = llama.Model(llama.ModelArgs.from_dict(gguf.config))
-    quantization = gguf.config.get("quantization")
-    if quantization is not None:
+    quantization: dict[str, Any] = gguf.config.get("quantization", {})
 
-        def packed(name: str, _module: Module) -> bool | dict[str, int]:
-            return f"{name}.scales" in gguf.weights and quantization.get(name, True)
+    def packed(name: str, _module: Module) -> bool | dict[str, int]:
+        return f"{name}.scales" in gguf.weights and quantization.get(name, True)
 
-        quantize(model, quantization["group_size"], quantization["bits"], class_predicate=packed)
     try:
+        model = llama.Model(llama.ModelArgs.from_dict(gguf.config))
+        if quantization:
+            quantize(model, quantization["group_size"], quantization["bits"], class_predicate=packed)
         model.load_weights(list(gguf.weights.items()))
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes and numbers that no model has
         raise ModelError(f"{path} does not fit its own metadata: {_first_line(error)}; download it again") from error
     return model, gguf.tokenizer, gguf.config
 
@@ -206,10 +204,8 @@ def save_model_dir(model: Module, tokenizer: Any, config: dict[str, Any], out: P
 
     All is written beside `out` first and moved in with config.json last: a killed save is not taken for a model.
 
-    Raises
-    ------
-    ModelError
-        The model holds LoRA layers, or `out` holds weights that mlx-lm would load together with these.
+    Raises:
+        ModelError: the model holds LoRA layers, or `out` holds weights that mlx-lm would load together with these.
     """
     names = list(_parameters(model))
     if any(name.rpartition(".")[2] in _ADAPTER_LEAVES - {"m"} for name in names):

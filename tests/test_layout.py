@@ -26,7 +26,10 @@ ONLY_IN = {
     "mlx_lm": {"logitstore.model", "logitstore.gguf", "distill_trainer.student"},
     "datasets": {"logitstore.documents"},
 }
-NEED_MLX = {f"logitstore.{name}" for name in ("build", "dry_run", "forward", "gguf", "model", "teacher")}
+NEED_MLX = {
+    f"logitstore.{name}"
+    for name in ("build", "dry_run", "forward", "gguf", "gguf_metadata", "gguf_tokenizer", "model", "teacher")
+}
 
 
 def modules() -> dict[str, Path]:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from logitstore.digest import adapter_digest, weights_digest
 from logitstore.errors import ModelError
 from logitstore.model import _load_directory, load_model, save_model_dir
+from tests.gguf_files import tiny_gguf
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 IDS = mx.array([tiny_tokenizer().encode("The teacher runs once, and every student reads")])
@@ -158,6 +159,15 @@ def test_a_gguf_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF is another thing")
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         load_model(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("change", [{"llama.feed_forward_length": 63}, {"llama.feed_forward_length": 2**32 - 1}])
+def test_a_gguf_whose_metadata_describes_another_model_is_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    tensors, metadata = mx.load(str(tiny_gguf(tmp_path)), return_metadata=True)
+    changed = {**metadata, **{key: mx.array(value, mx.uint32) for key, value in change.items()}}  # type: ignore[dict-item]
+    mx.save_gguf(str(tmp_path / "other.gguf"), tensors, changed)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"does not fit its own metadata: .*; download it again"):
+        load_model(tmp_path / "other.gguf")
 
 
 def test_a_path_that_is_no_model_says_what_to_type(tmp_path: Path) -> None:
