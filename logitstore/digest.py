@@ -36,10 +36,8 @@ def weights_digest(path: Path, *, quiet: bool = False) -> str:
 
     Tensors enter sorted by name, each with dtype, shape and bytes: re-sharding the same weights changes nothing.
 
-    Raises
-    ------
-    ModelError
-        No weights, or a safetensors file that contradicts itself.
+    Raises:
+        ModelError: no weights, or a safetensors file that contradicts itself.
     """
     if path.is_file() and path.suffix == ".gguf":
         digest = hashlib.blake2b(digest_size=16)
@@ -59,10 +57,8 @@ def config_digest(path: Path) -> str | None:
 
     None for a .gguf file: its config is among the bytes of its weights digest.
 
-    Raises
-    ------
-    ModelError
-        No config.json, or one that is not a JSON object.
+    Raises:
+        ModelError: no config.json, or one that is not a JSON object.
     """
     if path.is_file():
         return None
@@ -76,10 +72,8 @@ def config_digest(path: Path) -> str | None:
 def adapter_digest(adapter_path: Path, *, quiet: bool = False) -> str:
     """BLAKE2b-128, in hex, of an adapter: its tensors, and the config fields that say how they act.
 
-    Raises
-    ------
-    ModelError
-        No adapter there, or a broken one.
+    Raises:
+        ModelError: no adapter there, or a broken one.
     """
     config = _read_json_object(adapter_path / "adapter_config.json", "an adapter directory")
     fields = json.dumps({field: config.get(field) for field in _ADAPTER_FIELDS}, sort_keys=True)

@@ -47,7 +47,7 @@ def read_documents(dataset: str, *, split: str = "train", limit: int | None = No
         ConfigError: `limit` is less than 1.
     """
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}, expected at least 1, or none to read every document")
+        raise ConfigError(f"limit is {limit}, expected at least 1; type --limit 100, or leave it out to read all")
     documents = islice(_open(dataset, split), limit)
     first = next(documents, None)
     if first is None:

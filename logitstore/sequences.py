@@ -63,7 +63,10 @@ def tokenize(
         ModelError: a chat is to be tokenised by a tokenizer that gives no character offsets.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length is {max_length}, expected at least 2: one token to read and one to predict")
+        raise ConfigError(
+            f"max_length is {max_length}, expected at least 2: one token to read and one to predict; "
+            "type --max-length 2048 (distill-train: --max-seq-length 2048)"
+        )
     report = report or TokenizeReport()
     for document in documents:
         report.documents += 1

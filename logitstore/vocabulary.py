@@ -47,10 +47,9 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """The vocabulary of a Hugging Face fast tokenizer, by its own description of how it spells bytes.
 
-    Raises
-    ------
-    ModelError
-        Not a fast tokenizer, or one that is neither byte-level nor SentencePiece: its tokens have no exact bytes.
+    Raises:
+        ModelError: not a fast tokenizer, or one that is neither byte-level nor SentencePiece: its tokens have no exact
+            bytes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

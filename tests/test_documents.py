@@ -62,7 +62,7 @@ def test_a_file_is_read_only_as_far_as_asked(tmp_path: Path) -> None:
 
 
 def test_a_limit_below_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="limit is 0, expected at least 1"):
+    with pytest.raises(ConfigError, match="limit is 0, expected at least 1; type --limit 100"):
         read_documents(write_lines(tmp_path / "a.jsonl", [{"text": "one"}]), limit=0)
 
 

@@ -222,7 +222,7 @@ def test_documents_with_nothing_to_train_are_skipped_and_counted() -> None:
 
 
 def test_a_max_length_without_a_position_is_refused() -> None:
-    with pytest.raises(ConfigError, match="max_length is 1, expected at least 2"):
+    with pytest.raises(ConfigError, match=r"max_length is 1, expected at least 2.* type --max-length 2048"):
         one({"text": "Once."}, tiny_tokenizer(), 1)
 
 
