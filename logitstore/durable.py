@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from logitstore.errors import StoreWriteError
@@ -25,9 +25,22 @@ def sync(path: Path) -> None:
     """Flush a file, or a folder's names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        flush(handle)
     finally:
         os.close(handle)
+
+
+def flush(handle: int) -> None:
+    """Flush an open file to the medium: on macOS fsync ends in the drive's cache, and F_FULLFSYNC empties that too.
+
+    Raises:
+        OSError: full disk, or a disk that fails.
+    """
+    os.fsync(handle)
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):  # a file system without that call; what can be flushed there is
+            fcntl.fcntl(handle, full)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from types import TracebackType
 
 import numpy as np
 
-from logitstore.durable import cannot_write
+from logitstore.durable import cannot_write, flush
 from logitstore.errors import StoreWriteError
 from logitstore.recipe import DocumentRecord
 from logitstore.zarr_store import ZarrStore
@@ -52,7 +52,8 @@ class ShardWriter:
             raise cannot_write(self.path, error) from error
         try:
             store.refresh()
-            self._pending = {d.key: d for d in self._recover() if d.key not in store}
+            self.pending = {d.key: d for d in self._recover() if d.key not in store}
+            """Documents that are kept but not yet in a shard, by key, oldest first."""
         except BaseException:
             self._file.close()
             raise
@@ -63,17 +64,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._pending and kind is None:
+        if not self.pending and kind is None:
             self.path.unlink(missing_ok=True)
         self._file.close()
 
     def __contains__(self, key: object) -> bool:
-        return key in self._pending or key in self.store
-
-    @property
-    def pending(self) -> dict[bytes, DocumentRecord]:
-        """Documents that are kept but not yet in a shard, by key, oldest first."""
-        return self._pending
+        return key in self.pending or key in self.store
 
     def append(self, documents: Sequence[DocumentRecord]) -> None:
         """Keep a batch of documents; when this returns they are on disk.
@@ -88,13 +84,13 @@ class ShardWriter:
             written = 0
             while written < len(frame):
                 written += self._file.write(frame[written:])
-            os.fsync(self._file.fileno())
+            flush(self._file.fileno())
         except BaseException as error:
             self._cut(whole)  # else the next frame would stand behind half a one, and never be read
             if isinstance(error, OSError):
                 raise cannot_write(self.path, error) from error
             raise
-        self._pending.update((document.key, document) for document in documents)
+        self.pending.update((document.key, document) for document in documents)
 
     def commit(self, keys: Iterable[bytes]) -> None:
         """Make one shard of pending documents, in this order.
@@ -102,15 +98,15 @@ class ShardWriter:
         Raises:
             StoreWriteError: full disk; the documents stay pending.
         """
-        documents = [self._pending[key] for key in keys]
+        documents = [self.pending[key] for key in keys]
         self.store.write_shard(documents, self.name)
         for document in documents:
-            del self._pending[document.key]
-        if self._pending:
+            del self.pending[document.key]
+        if self.pending:
             return  # the journal still holds them; what is in a shard by now is passed over when it is read again
         try:
             self._cut(0)
-            os.fsync(self._file.fileno())
+            flush(self._file.fileno())
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

@@ -4,6 +4,7 @@ Both are greedy walks over a fixed order, cut where a limit is reached. So what 
 continues what was planned before it, batch for batch, and the finished store has the same bytes.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,12 +29,13 @@ class Part:
         Raises:
             ConfigError: not two numbers, or not 1 <= I <= N.
         """
-        index, _, count = text.partition("/")
-        if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        index, count = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= index <= count:
             raise ConfigError(
                 f"shard {text!r} is not I/N with I from 1 to N; type --shard 1/2 here and --shard 2/2 elsewhere"
             )
-        return cls(int(index), int(count))
+        return cls(index, count)
 
     def holds(self, key: bytes) -> bool:
         """Whether the document with this key belongs to this part."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from logitstore.durable import sync
 from logitstore.errors import StoreWriteError
 from logitstore.journal import ShardWriter, journals
 from logitstore.recipe import DocumentRecord
@@ -190,3 +191,16 @@ def test_a_store_that_cannot_be_written_is_one_line(store: ZarrStore) -> None:
     (store.path / ".journal-build").mkdir()
     with pytest.raises(StoreWriteError, match=r"\.journal-build cannot be written"):
         ShardWriter(store, "build")
+
+
+def test_a_flush_reaches_the_medium_where_fsync_alone_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def call(_handle: int, command: int) -> None:
+        asked.append(command)
+        raise OSError(45, "Operation not supported")  # some file systems: fsync is then what there is
+
+    monkeypatch.setattr("fcntl.F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr("fcntl.fcntl", call)
+    sync(tmp_path)
+    assert asked == [51]

@@ -69,6 +69,6 @@ def test_parts_are_disjoint_and_together_everything() -> None:
 
 def test_a_part_is_read_as_it_is_typed() -> None:
     assert (Part.parse("2/3"), Part.parse("1/1")) == (Part(2, 3), Part())
-    for text in ("0/2", "3/2", "2", "", "1/", "/2", "-1/2", "1/0", "1/2/3"):
+    for text in ("0/2", "3/2", "2", "", "1/", "/2", "-1/2", "1/0", "1/2/3", "²/3", "1/٣", "1/2\n"):
         with pytest.raises(ConfigError, match="type --shard 1/2 here"):
             Part.parse(text)
