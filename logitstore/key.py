@@ -18,9 +18,14 @@ def document_key(token_ids: npt.NDArray[np.integer] | Sequence[int]) -> bytes:
 
     `token_ids` is [L], of any integer dtype, byte order and strides, each in [0, 2^31).
 
+    Raises:
+        ValueError: they are not.
+
     Reference: Saarinen and Aumasson, RFC 7693 (2015), digest length 16, no key.
     """
     ids = np.asarray(token_ids)
-    assert ids.ndim == 1 and ids.dtype.kind in "iu" and ids.size, "token ids are a non-empty row of integers"
-    assert ids.min() >= 0 and ids.max() < 2**31, "a token id fits 31 bits"
+    if not (ids.ndim == 1 and ids.dtype.kind in "iu" and ids.size) or ids.min() < 0 or ids.max() >= 2**31:
+        raise ValueError(
+            f"token ids are {ids.dtype} of shape {ids.shape}, expected a non-empty row of integers in [0, 2^31)"
+        )
     return hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=KEY_BYTES).digest()

@@ -4,7 +4,9 @@ A build, a miss answered live and a write-back all go through `Recipe.record`; s
 same bytes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +18,7 @@ from logitstore.selection import Selected, Selection, randomness, select
 from logitstore.targets import SparseTargets
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DocumentRecord:
     """A document's tokens and what is kept of the teacher at each of its positions, encoded."""
 
@@ -52,27 +54,26 @@ class Recipe:
         return record_width(self.selection.k, self.vocab_size)
 
     def record(
-        self, token_ids: npt.NDArray[np.int32], logits: npt.NDArray[np.float32], first: int = 0
+        self, token_ids: npt.NDArray[np.int32], logits: Any, first: int = 0, *, select: Callable[..., Selected] = select
     ) -> npt.NDArray[np.uint8]:
         """Keep what the recipe says of a document of L tokens at positions first .. first + n - 1.
 
         Args:
-            logits: float32 [n, V], those of these positions.
+            logits: float32 [n, V], those of these positions; what `select` takes.
+            select: `logitstore.selection.select`, or `logitstore.device_selection.select` for logits on a GPU.
 
         Returns:
             uint8 [n, record width].
+
+        Raises:
+            ValueError: logits that are no distribution.
         """
         stop = first + len(logits)
-        random = randomness(
-            document_key(token_ids), np.arange(first, stop), self.selection, self.vocab_size, seed=self.seed
-        )
+        positions = np.arange(first, stop)
+        random = randomness(document_key(token_ids), positions, self.selection, self.vocab_size, seed=self.seed)
         labels = token_ids[first + 1 : stop + 1].astype(np.int64)
         selected = select(logits, labels, self.selection, self.temperature, random)
-        return self.pack(selected, random.rounding)
-
-    def pack(self, selected: Selected, rounding: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
-        """Encode entries that were selected elsewhere (on a GPU): uint8 [n, record width]."""
-        return encode(selected, rounding, self.vocab_size)
+        return encode(selected, random.rounding, self.vocab_size)
 
     def read(self, records: npt.NDArray[np.uint8]) -> SparseTargets:
         """Decode a document's records uint8 [P, record width]."""

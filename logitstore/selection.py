@@ -2,10 +2,10 @@
 
 `distill_kernels.select` is the same algorithm in MLX, for a teacher on a GPU; both draw from the random words that
 `randomness` makes. The vocabulary is seen as 64 x B with B = ceil(V / 64): block b holds the ids b, b + B, b + 2B,
-... A position costs one pass for the maximum, one for exp, and sums over blocks; no sort and no cumulative sum over
-V.
+... Sorting and cumulative sums are over blocks and kept entries, never over V.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,9 +34,10 @@ class Selection:
         Raises:
             ConfigError: the text is neither, or k is below 1.
         """
-        kind, _, count = text.partition(":")
-        if kind not in ("threshold", "top-k") or not count.lstrip("-").isdigit():
+        found = re.fullmatch(r"(threshold|top-k):(-?[0-9]{1,9})", text)
+        if found is None:
             raise ConfigError(f"selection {text!r} is not known; type --select threshold:16 or --select top-k:50")
+        kind, count = found.groups()
         if int(count) < 1:
             raise ConfigError(f"selection {text!r} keeps {count} entries; type a number of 1 or more, as in {kind}:16")
         return cls(kind, int(count))  # type: ignore[arg-type]
@@ -53,7 +54,7 @@ class Selection:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Randomness:
     """The random numbers of N positions."""
 
@@ -65,7 +66,7 @@ class Randomness:
     """[N, k + 1] in [0, 1); the codec's stochastic rounding."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selected:
     """The kept entries of N positions at full precision: what the codec takes."""
 
@@ -123,8 +124,8 @@ def select(
     Raises:
         ValueError: NaN or +inf among the logits, or a row with no finite logit.
 
-    Reference: Duffield, Lund and Thorup, "Priority sampling", JACM 2007 (threshold weights); Madow, 1949 (systematic
-    sampling).
+    Reference: Cohen et al., "Efficient stream sampling for variance-optimal estimation of subset sums", SIAM J. Comput.
+    2011 (threshold and weights); Madow, 1949 (systematic sampling).
     """
     parts = [
         _select_rows(logits[rows], labels[rows], selection, temperature, random.block_order[rows], random.start[rows])
@@ -145,7 +146,8 @@ def _select_rows(
     blocks = block_count(vocab_size)
     rows = np.arange(n)[:, None]
 
-    z = np.full((n, BLOCK_SIZE * blocks), -np.inf, dtype=np.float32)
+    z = np.empty((n, BLOCK_SIZE * blocks), dtype=np.float32)
+    z[:, vocab_size:] = -np.inf
     np.divide(logits, np.float32(temperature), out=z[:, :vocab_size])
     z_max = z.max(axis=1)
     if not np.isfinite(z_max).all():

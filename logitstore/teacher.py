@@ -7,20 +7,19 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 import distill_kernels
-from distill_kernels.select import select_threshold_ops, select_top_k_ops
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.device_selection import select as device_select
 from logitstore.digest import adapter_digest, config_digest, weights_digest
 from logitstore.errors import ModelError
 from logitstore.forward import document_logits
-from logitstore.key import document_key
 from logitstore.manifest import Manifest, TeacherIdentity, TokenizerIdentity
 from logitstore.model import load_model
 from logitstore.recipe import DocumentRecord, Recipe
-from logitstore.selection import Selected, Selection, randomness
+from logitstore.selection import Selection
 from logitstore.vocabulary import Vocabulary, vocabulary_of
 
 
@@ -67,40 +66,22 @@ class Teacher:
         Raises:
             ModelError: the teacher gives NaN or infinite logits.
         """
+        # NumPy selects faster than MLX on a CPU; a GPU keeps [n, V] to itself.
+        on_cpu = distill_kernels.on_cpu()
         answers = []
         for token_ids, logits in zip(documents, document_logits(self.head, documents), strict=True):
             parts, first = [], 0
             for rows in logits:
                 try:
-                    parts.append(self._record(token_ids, rows, first, recipe))
+                    if on_cpu:
+                        parts.append(recipe.record(token_ids, np.array(rows.astype(mx.float32), copy=False), first))
+                    else:
+                        parts.append(recipe.record(token_ids, rows, first, select=device_select))
                 except ValueError as error:
                     raise ModelError(f"teacher {self.loaded.name} cannot be used: {error}") from error
                 first += len(rows)
             answers.append(DocumentRecord(token_ids, np.concatenate(parts)))
         return answers
-
-    def _record(
-        self, token_ids: npt.NDArray[np.int32], logits: mx.array, first: int, recipe: Recipe
-    ) -> npt.NDArray[np.uint8]:
-        """Select on the device where the logits are: NumPy is faster on a CPU, a GPU keeps [n, V] to itself."""
-        if mx.default_device() == mx.cpu:
-            return recipe.record(token_ids, np.array(logits.astype(mx.float32), copy=False), first)
-        stop = first + len(logits)
-        selection = recipe.selection
-        random = randomness(
-            document_key(token_ids), np.arange(first, stop), selection, recipe.vocab_size, seed=recipe.seed
-        )
-        labels = mx.array(token_ids[first + 1 : stop + 1])
-        if selection.kind == "threshold":
-            order, start = mx.array(random.block_order.astype(np.uint32)), mx.array(random.start.astype(np.float32))
-            kept = select_threshold_ops(logits, labels, selection.k, recipe.temperature, order, start)
-        else:
-            kept = select_top_k_ops(logits, labels, selection.k, recipe.temperature)
-        if not mx.isfinite(kept.entropy).all().item():
-            raise ValueError("its logits hold NaN, +inf or nothing finite")
-        ids, probs, count, tail, label, entropy = (np.array(array) for array in kept)
-        float64 = [array.astype(np.float64) for array in (probs, tail, label, entropy)]
-        return recipe.pack(Selected(ids, float64[0], count, *float64[1:]), random.rounding)
 
 
 def tokenizer_identity(tokenizer: object, vocabulary: Vocabulary) -> TokenizerIdentity:

@@ -28,7 +28,17 @@ ONLY_IN = {
 }
 NEED_MLX = {
     f"logitstore.{name}"
-    for name in ("build", "dry_run", "forward", "gguf", "gguf_metadata", "gguf_tokenizer", "model", "teacher")
+    for name in (
+        "build",
+        "device_selection",
+        "dry_run",
+        "forward",
+        "gguf",
+        "gguf_metadata",
+        "gguf_tokenizer",
+        "model",
+        "teacher",
+    )
 }
 
 

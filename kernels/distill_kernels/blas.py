@@ -92,7 +92,7 @@ def _numpy_openblas() -> BlasStatus:
         shim = _load_shim()
         for name, function in functions.items():
             getattr(shim, f"logitstore_bind_{name}")(ctypes.cast(function, ctypes.c_void_p))
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return BlasStatus("reference", advice=f"{_SLOW}: NumPy's OpenBLAS cannot be used ({reason}); {_REMEDY}")
     return BlasStatus("numpy", str(path))

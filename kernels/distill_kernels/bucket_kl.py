@@ -12,10 +12,12 @@ from distill_kernels.row_loss import (
     add_at_ids,
     at_ids,
     check_rows,
+    check_temperature,
+    counted,
+    cross_entropy,
     in_vocabulary,
     log_sum_exp,
 )
-from distill_kernels.sparse_kl import counted, cross_entropy, positive
 
 import mlx.core as mx
 
@@ -25,6 +27,9 @@ class BucketKL(RowLoss):
     """`bucket_kl_ce` at one temperature, as a `RowLoss` over rows (ids, weights, log_tail_mass, labels)."""
 
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
 
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         ids, weights, log_tail, labels = rows
@@ -106,7 +111,7 @@ def bucket_kl_ce_ops(
     Raises:
         ValueError: the shapes do not fit, or the temperature is not above 0.
     """
-    kl, ce = BucketKL(positive(temperature))(logits, ids, weights, log_tail_mass, labels)
+    kl, ce = BucketKL(temperature)(logits, ids, weights, log_tail_mass, labels)
     return kl, ce
 
 

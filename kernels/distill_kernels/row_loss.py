@@ -79,6 +79,12 @@ def check_rows(logits: mx.array, targets: tuple[mx.array, mx.array], vectors: di
             raise ValueError(f"{name} must be [{len(logits)}], found shape {vector.shape}")
 
 
+def check_temperature(temperature: float) -> None:
+    """Raise ValueError unless the temperature is above 0."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, found {temperature}")
+
+
 def in_vocabulary(ids: mx.array, vocab: int) -> tuple[mx.array, mx.array]:
     """Return (which ids lie in [0, vocab), the ids with all others set to 0, which is safe to read)."""
     inside = (ids >= 0) & (ids < vocab)
@@ -109,3 +115,16 @@ def log_sum_exp(logits: mx.array) -> mx.array:
             logits = mx.pad(logits, [(0, 0), (0, -vocab % block)], constant_values=mx.array(-mx.inf))
         logits = mx.logsumexp(logits.reshape(rows, -1, block), axis=-1)
     return mx.logsumexp(logits, axis=-1)
+
+
+def counted(ids: mx.array, weights: mx.array, vocab: int) -> tuple[mx.array, mx.array]:
+    """Return ids that are safe to read and float32 weights that are 0 where the entry does not count, both [N, k]."""
+    inside, ids = in_vocabulary(ids, vocab)
+    weights = weights.astype(mx.float32)
+    return ids, mx.where(inside & (weights > 0), weights, 0)
+
+
+def cross_entropy(logits: mx.array, labels: mx.array, lse: mx.array) -> mx.array:
+    """Return lse - logits[label], [N] float32; 0 where the label is outside the vocabulary."""
+    labelled, labels = in_vocabulary(labels, logits.shape[1])
+    return mx.where(labelled, lse - at_ids(logits, labels[:, None])[:, 0], 0)

@@ -32,9 +32,10 @@ class Kept(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """Unnormalised probabilities exp((z - max z) / T) and the k largest among them."""
+    """Unnormalised probabilities and the k largest among them."""
 
-    probs: mx.array  # [N, 64 * B], padded with zeros
+    z: mx.array  # [N, 64 * B], (logits - max) / T, padded with -inf
+    probs: mx.array  # [N, 64 * B], exp(z)
     top_ids: mx.array  # [N, k], largest first
     top_probs: mx.array  # [N, k]
 
@@ -48,9 +49,10 @@ def select_threshold_ops(
         logits: [N, V] of any float type.
         labels: [N], ids of the tokens that followed.
         block_order: [N, B], a random order of the blocks.
-        start: [N] in [0, 1), where sampling starts.
+        start: [N] int32 in [0, 2^24), where sampling starts, in units of 2^-24.
 
-    Reference: Duffield, Lund and Thorup, "Priority sampling", JACM 2007; Madow, 1949.
+    Reference: Cohen et al., "Efficient stream sampling for variance-optimal estimation of subset sums", SIAM J. Comput.
+    2011 (threshold and weights); Madow, 1949 (systematic sampling).
     """
     n = logits.shape[0]
     slots = mx.arange(k)[None]
@@ -65,11 +67,11 @@ def select_threshold_ops(
     head_count = mx.where(is_tail.any(axis=1), is_tail.argmax(axis=1).astype(mx.int32), k)[:, None]
     in_head = slots < head_count
     back = mx.where(in_head, 0, blocks.top_probs)
-    probs = mx.put_along_axis(probs, blocks.top_ids, back, axis=1)
-    mass = mass.at[mx.arange(n)[:, None], blocks.top_ids % count].add(back)
-    drawn = _systematic(probs.reshape(n, BLOCK_SIZE, count), mass, block_order, start, k - head_count, slots)
+    grid = mx.put_along_axis(probs, blocks.top_ids, back, axis=1).reshape(n, BLOCK_SIZE, count)
+    drawn = _systematic(grid, block_order, start, k - head_count, slots)
     ids = mx.where(in_head, blocks.top_ids.astype(mx.int32), mx.maximum(drawn, 0))
-    return _kept(logits, labels, ids, mx.where(in_head, blocks.top_probs, 0), head_count, suffix)
+    head = mx.where(in_head, blocks.top_probs, 0)
+    return _kept(logits, labels, temperature, blocks, ids, head, head_count, suffix)
 
 
 def select_top_k_ops(logits: mx.array, labels: mx.array, k: int, temperature: float) -> Kept:
@@ -80,7 +82,8 @@ def select_top_k_ops(logits: mx.array, labels: mx.array, k: int, temperature: fl
     possible = blocks.top_probs > 0
     ids = mx.where(possible, blocks.top_ids.astype(mx.int32), 0)
     head_count = possible.sum(axis=1, keepdims=True).astype(mx.int32)
-    return _kept(logits, labels, ids, blocks.top_probs, head_count, _suffix_mass(mass, blocks.top_probs))
+    suffix = _suffix_mass(mass, blocks.top_probs)
+    return _kept(logits, labels, temperature, blocks, ids, blocks.top_probs, head_count, suffix)
 
 
 def _blocks(logits: mx.array, k: int, temperature: float) -> _Blocks:
@@ -96,7 +99,7 @@ def _blocks(logits: mx.array, k: int, temperature: float) -> _Blocks:
     values = mx.take_along_axis(z, candidates, axis=1)
     top_ids = mx.take_along_axis(candidates, mx.argsort(-values, axis=1)[:, :k], axis=1)
     probs = mx.exp(z)
-    return _Blocks(probs, top_ids, mx.take_along_axis(probs, top_ids, axis=1))
+    return _Blocks(z, probs, top_ids, mx.take_along_axis(probs, top_ids, axis=1))
 
 
 def _suffix_mass(mass: mx.array, top_probs: mx.array) -> mx.array:
@@ -105,38 +108,51 @@ def _suffix_mass(mass: mx.array, top_probs: mx.array) -> mx.array:
     return mx.cumsum(rising, axis=1)[:, ::-1]
 
 
-def _systematic(
-    probs: mx.array, mass: mx.array, block_order: mx.array, start: mx.array, draws: mx.array, slots: mx.array
-) -> mx.array:
-    """Draw draws[n] ids of row n at equal steps along its mass: int32 [N, k], in the last slots, -1 before them."""
-    count = mass.shape[1]
-    # Running sums in whole units of about total / 2^34: they add up exactly, float32 would move 1 draw in 200.
+def _systematic(grid: mx.array, block_order: mx.array, start: mx.array, draws: mx.array, slots: mx.array) -> mx.array:
+    """Draw draws[n] ids of row n at equal steps along its mass, from blocks [N, 64, B]: int32 [N, k].
+
+    They lie in the last slots, by rising id; the slots before them hold -1.
+    """
+    count = grid.shape[2]
+    mass = grid.sum(axis=1)
     total = mass.sum(axis=1, keepdims=True)
-    unit = mx.maximum(total, 1e-30) / UNITS
-    ordered = (mx.take_along_axis(mass, block_order, axis=1) / unit).astype(mx.int64)
+    # Running sums in whole units of about total / 2^34: they add up exactly, float32 would move 1 draw in 200.
+    share = mx.take_along_axis(mass, block_order, axis=1) / mx.maximum(total, 1e-37)
+    ordered = (share * UNITS).astype(mx.int64)
     ends = mx.cumsum(ordered, axis=1)
-    steps = (start[:, None] * 2.0**24).astype(mx.int64) + slots * 2**24
-    points = (ends[:, -1:] * steps // mx.maximum(draws, 1)) >> 24
+    units, parts, slots64 = ends[:, -1:], mx.maximum(draws, 1).astype(mx.int64), slots.astype(mx.int64)
+    step, left = units // parts, units % parts
+    points = slots64 * step + slots64 * left // parts + ((step * start[:, None].astype(mx.int64)) >> 24)
     place = mx.minimum((ends[:, None] <= points[:, :, None]).sum(axis=2), count - 1)
-    offset = (points - mx.take_along_axis(ends - ordered, place, axis=1)).astype(mx.float32) * unit
+    offset = (points - mx.take_along_axis(ends - ordered, place, axis=1)).astype(mx.float32) / UNITS * total
     block = mx.take_along_axis(block_order, place, axis=1).astype(mx.int32)
     every = mx.broadcast_to(block[:, None], (len(block), BLOCK_SIZE, block.shape[1]))
-    inside = mx.cumsum(mx.take_along_axis(probs, every, axis=2), axis=1)
+    inside = mx.cumsum(mx.take_along_axis(grid, every, axis=2), axis=1)
     offset = mx.minimum(offset, inside[:, -1] * (1 - 1e-6))
-    element = (inside <= offset[:, None]).sum(axis=1).astype(mx.int32)
+    element = mx.minimum((inside <= offset[:, None]).sum(axis=1).astype(mx.int32), BLOCK_SIZE - 1)
     used = (slots < draws) & (total > 0)
     return mx.sort(mx.where(used, element * count + block, -1), axis=1)
 
 
 def _kept(
-    logits: mx.array, labels: mx.array, ids: mx.array, head: mx.array, head_count: mx.array, suffix: mx.array
+    logits: mx.array,
+    labels: mx.array,
+    temperature: float,
+    blocks: _Blocks,
+    ids: mx.array,
+    head: mx.array,
+    head_count: mx.array,
+    suffix: mx.array,
 ) -> Kept:
     """Normalise, and add what every position keeps at temperature 1."""
-    z = logits.astype(mx.float32)
-    z = z - z.max(axis=1, keepdims=True)
-    log_total = mx.log(_long_sum(mx.exp(z)))
-    label = mx.take_along_axis(z, labels[:, None], axis=1)[:, 0] - log_total
-    entropy = log_total - _long_sum(mx.exp(z) * mx.maximum(z, -1e4)) / mx.exp(log_total)
+    z, probs = blocks.z, blocks.probs
+    if temperature != 1:
+        z = logits.astype(mx.float32)
+        z = z - z.max(axis=1, keepdims=True)
+        probs = mx.exp(z)
+    total = _long_sum(probs)
+    label = mx.take_along_axis(z, labels[:, None], axis=1)[:, 0] - mx.log(total)
+    entropy = mx.log(total) - _long_sum(probs * mx.maximum(z, -1e4)) / total
     tail_mass = mx.take_along_axis(suffix, head_count, axis=1) / suffix[:, :1]
     return Kept(ids.astype(mx.uint32), head / suffix[:, :1], head_count[:, 0], tail_mass[:, 0], label, entropy)
 
@@ -146,3 +162,7 @@ def _long_sum(values: mx.array) -> mx.array:
     n, width = values.shape
     padded = mx.pad(values, [(0, 0), (0, -width % BLOCK_SIZE)])
     return padded.reshape(n, BLOCK_SIZE, -1).sum(axis=1).sum(axis=1)
+
+
+select_threshold = select_threshold_ops
+select_top_k = select_top_k_ops

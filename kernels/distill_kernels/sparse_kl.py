@@ -12,6 +12,9 @@ from distill_kernels.row_loss import (
     add_at_ids,
     at_ids,
     check_rows,
+    check_temperature,
+    counted,
+    cross_entropy,
     in_vocabulary,
     log_sum_exp,
 )
@@ -24,6 +27,9 @@ class SparseKL(RowLoss):
     """`sparse_kl_ce` at one temperature, as a `RowLoss` over rows (ids, weights, labels)."""
 
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
 
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         ids, weights, labels = rows
@@ -84,28 +90,8 @@ def sparse_kl_ce_ops(
 
     Reference: Hinton et al. 2015, section 2 (T²); Anshumann et al. 2025, Sparse Logit Sampling (sampled weights).
     """
-    kl, ce = SparseKL(positive(temperature))(logits, ids, weights, labels)
+    kl, ce = SparseKL(temperature)(logits, ids, weights, labels)
     return kl, ce
 
 
 sparse_kl_ce = sparse_kl_ce_ops
-
-
-def positive(temperature: float) -> float:
-    """Return the temperature; ValueError unless it is above 0."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, found {temperature}")
-    return float(temperature)
-
-
-def counted(ids: mx.array, weights: mx.array, vocab: int) -> tuple[mx.array, mx.array]:
-    """Return ids that are safe to read and float32 weights that are 0 where the entry does not count, both [N, k]."""
-    inside, ids = in_vocabulary(ids, vocab)
-    weights = weights.astype(mx.float32)
-    return ids, mx.where(inside & (weights > 0), weights, 0)
-
-
-def cross_entropy(logits: mx.array, labels: mx.array, lse: mx.array) -> mx.array:
-    """Return lse - logits[label], [N] float32; 0 where the label is outside the vocabulary."""
-    labelled, labels = in_vocabulary(labels, logits.shape[1])
-    return mx.where(labelled, lse - at_ids(logits, labels[:, None])[:, 0], 0)

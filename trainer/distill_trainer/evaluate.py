@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from logitstore.errors import ConfigError, DatasetError
-from logitstore.forward import document_logits
+from logitstore.forward import document_logits, logit_rows
 from logitstore.model import LoadedModel
 from logitstore.sequences import TokenSequence
 from logitstore.teacher import Teacher
@@ -66,11 +66,13 @@ def evaluate(
         raise DatasetError("there are no documents to evaluate on; type --dataset with another, or another --split")
 
     heads = [teacher.head, *(distill_kernels.split_head(student.model) for student in students.values())]
+    rows_at_once = logit_rows(teacher.vocab_size)
     sums = np.zeros((len(heads), 3))
     with tqdm(total=sum(len(s.trained) for s in sequences), desc="evaluate", unit="tok", disable=quiet) as bar:
         for sequence in sequences:
             at = 0
-            for chunks in zip(*(next(document_logits(head, [sequence.token_ids])) for head in heads), strict=True):
+            every = (next(document_logits(head, [sequence.token_ids], rows_at_once)) for head in heads)
+            for chunks in zip(*every, strict=True):
                 stop = at + len(chunks[0])
                 rows = np.flatnonzero(sequence.trained[at:stop])
                 if len(rows):
