@@ -12,12 +12,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from logitstore.documents import read_documents
-from logitstore.errors import ConfigError, DatasetError
+from logitstore.errors import ConfigError
 from logitstore.journal import ShardWriter
 from logitstore.manifest import Manifest
 from logitstore.plan import Part, plan_batches, plan_shards, unique
 from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
+from logitstore.sequences import TokenizeReport, read_sequences
 from logitstore.teacher import Teacher
 from logitstore.zarr_store import ZarrStore
 
@@ -42,12 +42,28 @@ class BuildConfig:
     quiet: bool = False
 
     def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
         Selection.parse(self.select)
         Part.parse(self.shard)
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"temperature {self.temperature:g} is not a number above 0; type --temperature 1")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens is {self.batch_tokens}, expected at least 1; type --batch-tokens 2048")
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length is {self.max_length}, expected at least 2: one token to read and one to predict; "
+                "type --max-length 2048"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(
+                f"limit is {self.limit}, expected at least 1; type --limit 100, or leave it out to read all"
+            )
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed is {self.seed}, expected 0 to 2^64 - 1; type --seed 0")
 
 
 @dataclass(frozen=True)
@@ -82,11 +98,12 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
     selection, part = Selection.parse(config.select), Part.parse(config.shard)
     if config.out.exists():
         ZarrStore(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
+    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
-    manifest = teacher.manifest(selection, config.temperature, config.seed)
     report = TokenizeReport()
-    documents = unique(read_sequences(config, teacher, report))
-    say(describe(report, len(documents)))
+    documents = unique(read_sequences(rows, teacher.tokenizer, config.max_length, report, quiet=config.quiet))
+    say(report.describe("--max-length", len(documents)))
+    manifest = teacher.manifest(selection, config.temperature, config.seed)
 
     store = open_or_create(config.out, manifest, teacher)
     with ShardWriter(store, f"build-{part.index}-of-{part.count}") as writer:
@@ -117,23 +134,6 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
     )
 
 
-def read_sequences(config: BuildConfig, teacher: Teacher, report: TokenizeReport) -> list[TokenSequence]:
-    """Read and tokenise the dataset.
-
-    Raises:
-        DatasetError: missing, malformed, or without a single usable document.
-    """
-    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
-    bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=config.quiet)
-    sequences = list(tokenize(bar, teacher.tokenizer, config.max_length, report))
-    if not sequences:
-        raise DatasetError(
-            f"{config.dataset} has {report.documents:,} documents, but none with two tokens and a trained position; "
-            "type --dataset with another file"
-        )
-    return sequences
-
-
 def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> ZarrStore:
     """Open the store at `path` if it may be extended by this teacher, or begin it.
 
@@ -144,16 +144,3 @@ def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> ZarrStor
     store = ZarrStore(path) if path.exists() else ZarrStore.create(path, manifest, teacher.vocabulary)
     store.manifest.require_compatible(manifest, path)
     return store
-
-
-def describe(report: TokenizeReport, different: int) -> str:
-    """One line about what tokenising met."""
-    parts = [f"{report.documents:,} documents, {report.tokens:,} tokens"]
-    sequences = report.documents - report.skipped_documents
-    if sequences > different:
-        parts.append(f"{sequences - different:,} equal to an earlier one")
-    if report.truncated_documents:
-        parts.append(f"{report.truncated_documents:,} cut at --max-length ({report.truncated_tokens:,} tokens dropped)")
-    if report.skipped_documents:
-        parts.append(f"{report.skipped_documents:,} skipped: nothing to train on")
-    return "; ".join(parts)

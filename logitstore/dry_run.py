@@ -5,11 +5,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitstore.build import BuildConfig, describe, read_sequences
+from logitstore.build import BuildConfig
+from logitstore.documents import read_documents
 from logitstore.plan import Part, plan_batches, plan_shards, unique
 from logitstore.sealed import GROUP
 from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport
+from logitstore.sequences import TokenizeReport, read_sequences
 from logitstore.teacher import Teacher
 from logitstore.zarr_store import ZarrStore
 
@@ -35,16 +36,19 @@ def estimate(config: BuildConfig) -> Estimate:
         LogitstoreError: whatever `build` would raise before it starts.
     """
     part = Part.parse(config.shard)
-    teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
-    manifest = teacher.manifest(Selection.parse(config.select), config.temperature, config.seed)
-    report = TokenizeReport()
-    documents = {key: s for key, s in unique(read_sequences(config, teacher, report)).items() if part.holds(key)}
     there = ZarrStore(config.out) if config.out.exists() else None
+    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+    teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    report = TokenizeReport()
+    every = unique(read_sequences(rows, teacher.tokenizer, config.max_length, report, quiet=config.quiet))
+    summary = report.describe("--max-length", len(every))
+    documents = {key: s for key, s in every.items() if part.holds(key)}
+    manifest = teacher.manifest(Selection.parse(config.select), config.temperature, config.seed)
     if there is not None:
         there.manifest.require_compatible(manifest, config.out)
         documents = {key: s for key, s in documents.items() if key not in there}
+        summary = f"{len(there):,} documents are already there"
     positions = sum(len(s.trained) for s in documents.values())
-    summary = describe(report, len(documents)) if there is None else f"{len(there):,} documents are already there"
     if not documents:
         return Estimate(summary, 0, 0, 0, 0.0, 0.0)
 

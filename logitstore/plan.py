@@ -29,7 +29,7 @@ class Part:
         Raises:
             ConfigError: not two numbers, or not 1 <= I <= N.
         """
-        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         index, count = map(int, match.groups()) if match else (0, 0)
         if not 1 <= index <= count:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from logitstore.documents import Document, format_of
 from logitstore.errors import ConfigError, DatasetError, ModelError
@@ -42,6 +43,42 @@ class TokenizeReport:
     truncated_documents: int = 0
     truncated_tokens: int = 0
     skipped_documents: int = 0
+
+    def describe(self, flag: str, different: int | None = None) -> str:
+        """One line for the user.
+
+        Args:
+            flag: the option that documents are cut at, as in "--max-length".
+            different: how many of the sequences are different, where that matters.
+        """
+        parts = [f"{self.documents:,} documents, {self.tokens:,} tokens, {self.trained_positions:,} trained positions"]
+        sequences = self.documents - self.skipped_documents
+        if different is not None and sequences > different:
+            parts.append(f"{sequences - different:,} equal to an earlier one")
+        if self.truncated_documents:
+            parts.append(f"{self.truncated_documents:,} cut at {flag} ({self.truncated_tokens:,} tokens dropped)")
+        if self.skipped_documents:
+            parts.append(f"{self.skipped_documents:,} skipped: nothing to train on")
+        return "; ".join(parts)
+
+
+def read_sequences(
+    rows: Iterable[Document], tokenizer: Any, max_length: int, report: TokenizeReport, *, quiet: bool = False
+) -> list[TokenSequence]:
+    """Tokenise a whole dataset, with a progress bar where that takes over a second: `tokenize`, as a list.
+
+    Raises:
+        DatasetError: a malformed row, or not a single usable document.
+        ConfigError, ModelError: as `tokenize`.
+    """
+    bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=quiet)
+    sequences = list(tokenize(bar, tokenizer, max_length, report))
+    if not sequences:
+        raise DatasetError(
+            f"the dataset has {report.documents:,} documents, but none with two tokens and a trained position; "
+            "type --dataset with another"
+        )
+    return sequences
 
 
 def tokenize(

@@ -104,7 +104,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --dataset {folder}/broken.jsonl", r"broken.jsonl:3: not valid JSON"),
         (TRAIN + " --dataset {folder}/broken.jsonl --keep-layers 2", r"broken.jsonl:3: not valid JSON"),
         (TRAIN + " --dataset {folder}/fields.jsonl", r"fields.jsonl:1: found the fields txt; expected"),
-        (TRAIN + " --dataset {folder}/short.jsonl", r"no document with two tokens .* type --dataset"),
+        (TRAIN + " --dataset {folder}/short.jsonl", r"none with two tokens .* type --dataset"),
         (TRAIN + " --split valid", r"has no split 'valid'; give a folder"),
         # models
         (BUILD + " --teacher {folder}/none", r"no model at .*; expected a directory"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def test_a_dataset_of_which_nothing_can_be_used_is_refused_before_a_store_is_beg
     "change",
     [{"select": "best"}, {"select": "top-k:0"}, {"temperature": 0.0}, {"temperature": float("inf")}]
     + [{"shard": shard} for shard in ("0/2", "3/2", "1", "a/b")]
-    + [{"batch_tokens": 0}],
+    + [{"batch_tokens": 0}, {"max_length": 1}, {"limit": 0}, {"seed": -1}, {"seed": 1 << 64}],
 )
 def test_a_flag_that_cannot_be_is_refused_at_once(config: BuildConfig, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="; type "):
@@ -236,6 +237,29 @@ def test_a_dry_run_writes_nothing_and_estimates_what_a_build_then_is(config: Bui
     assert (cost.documents, cost.positions) == (report.computed_documents, report.computed_positions)
     assert cost.disk_bytes == pytest.approx(report.disk_bytes, rel=0.15) and cost.elapsed_s > 0
     assert estimate(config).documents == 0
+
+
+def test_a_dry_run_of_a_part_takes_no_other_parts_documents_for_equal_ones(config: BuildConfig) -> None:
+    cost = estimate(replace(config, shard="1/2"))
+    assert 0 < cost.documents < 16
+    assert cost.summary.startswith("16 documents") and "equal" not in cost.summary
+
+
+@pytest.mark.parametrize("run", [build, estimate])
+def test_a_dataset_that_is_not_there_is_told_before_the_teacher_loads(
+    config: BuildConfig, run: Callable[[BuildConfig], object]
+) -> None:
+    with pytest.raises(DatasetError, match="does not exist"):
+        run(replace(config, dataset="/none.jsonl", teacher="/none"))
+
+
+def test_a_dataset_that_is_malformed_is_told_before_the_weights_are_hashed(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Teacher, "manifest")
+    (tmp_path / "train.jsonl").write_text('{"text": "fine"}\n{"txt": "a"}\n')
+    with pytest.raises(DatasetError, match=r"train.jsonl:2"):
+        build(config)
 
 
 def decoded(path: Path) -> dict[bytes, tuple[bytes, ...]]:

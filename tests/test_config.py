@@ -85,7 +85,7 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str
         ({"seed": -1}, "--seed"),
         ({"select": "threshold:0"}, "threshold:16"),
         ({"on_miss": "online"}, "--teacher"),
-        ({"adapter_path": "a"}, "--teacher"),
+        ({"teacher_adapter_path": "a"}, "--teacher"),
         ({"store": []}, "--store"),
         ({"store": [], "teacher": "t", "on_miss": "skip"}, "--on-miss online"),
         ({"write_back": True}, "--teacher"),

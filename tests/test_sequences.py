@@ -235,3 +235,12 @@ def test_a_tokenizer_without_offsets_is_refused_for_chats() -> None:
 
     with pytest.raises(ModelError, match="Slow gives no character offsets"):
         one({"messages": CONVERSATIONS[0]}, Slow())
+
+
+def test_the_line_about_a_dataset_says_what_was_cut_skipped_and_equal() -> None:
+    report = TokenizeReport(5, 4_000, 3_990, truncated_documents=1, truncated_tokens=7, skipped_documents=1)
+    assert report.describe("--max-length", different=3) == (
+        "5 documents, 4,000 tokens, 3,990 trained positions; 1 equal to an earlier one; "
+        "1 cut at --max-length (7 tokens dropped); 1 skipped: nothing to train on"
+    )
+    assert "equal" not in report.describe("--max-length")

@@ -137,3 +137,13 @@ def test_an_interrupted_run_keeps_what_the_teacher_answered(tmp_path: Path, worl
     store = open_store(tmp_path / "s.zarr")
     assert [store.get(s.token_ids) is not None for s in world.sequences()[:3]] == [True, True, False]
     assert not verify(store.path, quiet=True).problems
+
+
+def test_an_online_run_without_a_store_does_not_read_the_weights_again_for_a_digest(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Teacher, "manifest")
+    config = world.config(tmp_path / "o", teacher=str(world.teacher), select="top-k:8", temperature=2.0)
+    with target_source(config, [], tiny_tokenizer()) as source:
+        assert (str(source.recipe.selection), source.recipe.temperature) == ("top-k:8", 2.0)
+        assert None not in source.answer(world.sequences()[:2])[0]

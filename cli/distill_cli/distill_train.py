@@ -17,12 +17,12 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--out", help="A new folder for the adapter or model, its metrics and config.")
 @click.option("--store", multiple=True, help="A store to read; several are asked in order.")
 @click.option("--teacher", help="A live teacher: alone, for online distillation; with a store, for its misses.")
-@click.option("--adapter-path", help="A LoRA adapter of the teacher.")
+@click.option("--teacher-adapter-path", help="A LoRA adapter of the teacher.")
 @click.option("--split", default="train", show_default=True, help="Which split of a data folder or hub dataset.")
 @click.option(
     "--on-miss",
     type=click.Choice(["online", "hard-only", "skip", "error"]),
-    help="What a position does that the store has no answer for.  [default: online with a teacher, else error]",
+    help="What to do at a position that no store answers.  [default: online with a teacher, else error]",
 )
 @click.option("--write-back", is_flag=True, help="Keep the teacher's answers in the first store.")
 @click.option("--alpha", default=0.9, show_default=True, help="Weight of distillation; cross-entropy weighs 1 - alpha.")

@@ -26,11 +26,11 @@ class TrainConfig:
     store: tuple[str, ...] = ()
     """Stores to read, in order of lookup. The first is written to by `write_back`."""
     teacher: str | None = None
-    adapter_path: str | None = None
-    """The teacher's adapter."""
+    teacher_adapter_path: str | None = None
+    """A LoRA adapter of the teacher; what this run makes lies in `out`."""
     split: str = "train"
     on_miss: OnMiss | None = None
-    """What a position does that the stores have no answer for. None: online with a teacher, else error."""
+    """What to do at a position that no store answers. None: online with a teacher, else error."""
     write_back: bool = False
     alpha: float = 0.9
     """Weight of the distillation term; cross-entropy weighs 1 - alpha."""
@@ -107,8 +107,8 @@ class TrainConfig:
             "--on-miss online needs a teacher to ask; type --teacher T, or --on-miss hard-only, skip or error",
         )
         _require(
-            self.adapter_path is None or self.teacher is not None,
-            "--adapter-path is the teacher's, and there is none; type --teacher T with it",
+            self.teacher_adapter_path is None or self.teacher is not None,
+            "--teacher-adapter-path is given, and no teacher; type --teacher T with it",
         )
         _require(
             self.alpha == 0 or bool(self.store) or self.teacher is not None,

@@ -13,6 +13,7 @@ from distill_trainer.targets import TargetSource
 from logitstore.build import open_or_create
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.journal import ShardWriter
+from logitstore.recipe import Recipe
 from logitstore.selection import Selection
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
@@ -33,17 +34,17 @@ def open_stores(config: TrainConfig) -> list[ZarrStore]:
     stores = [open_store(path) for path in paths]
     for store in stores[1:]:
         store.manifest.require_compatible(stores[0].manifest, store.path)
-    for store in stores[:1]:
-        recipe = store.manifest.recipe
+    if stores:
+        first, recipe = stores[0], stores[0].manifest.recipe
         if config.temperature is not None and config.temperature != recipe.temperature:
             raise ConfigError(
-                f"{store.path} was built at temperature {recipe.temperature:g}, "
+                f"{first.path} was built at temperature {recipe.temperature:g}, "
                 f"this run asks for {config.temperature:g}; leave --temperature out, "
                 f"or type `logitstore build --temperature {config.temperature:g}` for another store"
             )
         if config.select is not None and Selection.parse(config.select) != recipe.selection:
             raise ConfigError(
-                f"{store.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
+                f"{first.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
                 f"leave --select out, or type `logitstore build --select {config.select}` for another store"
             )
     return stores
@@ -59,6 +60,9 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
 
     Raises:
         IncompatibleStoreError: store, teacher and student do not belong together.
+        ConfigError: without a store, a teacher of another tokenizer than the student's, or one with fewer tokens than
+            the selection keeps.
+        ModelError: the teacher does not load.
         StoreWriteError: answers cannot be kept, or another run keeps its own there.
     """
     fingerprint = vocabulary_of(tokenizer).fingerprint()
@@ -68,11 +72,9 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
         yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
         return
 
-    teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
     if stores:
         recipe = stores[0].manifest.recipe
-        wanted = teacher.manifest(recipe.selection, recipe.temperature, recipe.seed)
-        stores[0].manifest.require_compatible(wanted, stores[0].path)
     else:
         if teacher.vocabulary.fingerprint() != fingerprint:
             raise ConfigError(
@@ -80,14 +82,18 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
                 "type --student with a model of the teacher's tokenizer"
             )
         selection = Selection.parse(config.select or "threshold:16")
-        wanted = teacher.manifest(selection, config.temperature or 1.0, seed=0)
+        recipe = Recipe(selection, config.temperature or 1.0, seed=0, vocab_size=teacher.vocab_size)
+    if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
+        wanted = teacher.manifest(recipe.selection, recipe.temperature, recipe.seed)
+    if stores:
+        stores[0].manifest.require_compatible(wanted, stores[0].path)
     with ExitStack() as stack:
         writer = None
         if config.write_back:
             first = open_or_create(Path(config.store[0]), wanted, teacher)
             stores = [first, *(store for store in stores if store.path != first.path)]
             writer = stack.enter_context(ShardWriter(first, "write-back"))
-        source = TargetSource(stores, wanted.recipe, config.miss_policy, teacher, writer)
+        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer)
         stack.callback(source.close)
         yield source
 

@@ -24,9 +24,9 @@ from distill_trainer.student import load_student, make_trainable, save_student, 
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
-from logitstore.errors import DatasetError, MissingTargetsError, ModelError, StoreError
+from logitstore.errors import MissingTargetsError, ModelError, StoreError
 from logitstore.recipe import Recipe
-from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
+from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
 
 LOGIT_ROWS = 256
 """Positions whose logits exist at one time: 50 MB of float32 at V = 49,152."""
@@ -69,12 +69,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     rows = read_documents(config.dataset, split=config.split)
     student = load_student(config)
     report = TokenizeReport()
-    sequences = list(tokenize(rows, student.tokenizer, config.max_seq_length, report))
-    if not sequences:
-        raise DatasetError(
-            f"{config.dataset} has no document with two tokens and a trained position; type --dataset with another"
-        )
-    say(describe(report))
+    sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
+    say(report.describe("--max-seq-length"))
 
     with output_folder(Path(config.out)) as out:
         asked = target_source(config, stores, student.tokenizer) if config.alpha > 0 else nullcontext()
@@ -189,19 +185,6 @@ def row_loss(recipe: Recipe | None) -> RowLoss:
     if recipe is None:
         return SparseKL()
     return BucketKL(recipe.temperature) if recipe.selection.kind == "top-k" else SparseKL(recipe.temperature)
-
-
-def describe(report: TokenizeReport) -> str:
-    """One line about the documents."""
-    used = report.documents - report.skipped_documents
-    parts = [f"{used:,} documents, {report.trained_positions:,} trained positions"]
-    if report.truncated_documents:
-        parts.append(
-            f"{report.truncated_documents:,} cut at --max-seq-length ({report.truncated_tokens:,} tokens dropped)"
-        )
-    if report.skipped_documents:
-        parts.append(f"{report.skipped_documents:,} skipped: nothing to train on")
-    return "; ".join(parts)
 
 
 def say_coverage(
