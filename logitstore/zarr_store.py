@@ -1,7 +1,7 @@
 """A store as a Zarr v3 hierarchy on disk: the only file that speaks to zarr. FORMAT.md says what lies where.
 
-A shard appears by one rename, complete; what is being written lives in names that begin with a dot. A file is held
-against its digest before the first value of it is used.
+A shard appears by one rename, complete; what is being written lives in names that begin with a dot. Opening a store
+holds the shards' keys against their digests; the first look into a shard holds all of its files against theirs.
 """
 
 import shutil
@@ -43,6 +43,7 @@ class Shard:
         self.entry = read_entry(path)
         self._record_width = record_width
         self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._whole_is_checked = False
 
     @cached_property
     def keys(self) -> npt.NDArray[np.uint8]:
@@ -79,12 +80,8 @@ class Shard:
             raise damaged(self.path / name, f"cannot be read ({error})") from error
 
     def _open(self, name: str) -> zarr.Array[Any]:
-        """Open an array, its files held against their digests and its shape against the entry first."""
-        files = {file: entry for file, entry in self.entry.files.items() if file.startswith(f"{name}/")}
-        for problem in file_problems(self.path, files):
-            raise damaged(self.path / problem.file, problem.fault)
-        if files.keys() != {f"{name}/{file}" for file in files_below(self.path / name)}:
-            raise ValueError("its files are not those that the shard's entry names")
+        """Open an array, its shape held against the entry."""
+        self._check("keys" if name == "keys" else None)
         array = zarr.open_array(self.path / name, mode="r", zarr_format=3)
         documents, positions = self.entry.documents, self.entry.positions
         shape, dtype = {
@@ -96,6 +93,18 @@ class Shard:
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"{array.dtype} {array.shape} instead of {dtype} {shape}")
         return array
+
+    def _check(self, name: str | None) -> None:
+        """Hold files against their digests: those of one array, or, once, all of the shard."""
+        if self._whole_is_checked:
+            return
+        below = f"{name}/" if name else ""
+        files = {file: entry for file, entry in self.entry.files.items() if file.startswith(below)}
+        for problem in file_problems(self.path, files):
+            raise damaged(self.path / problem.file, problem.fault)
+        if files.keys() != {file for file in files_below(self.path) - {GROUP} if file.startswith(below)}:
+            raise ValueError("its files are not those that the shard's entry names")
+        self._whole_is_checked = name is None
 
 
 class ZarrStore:
@@ -126,6 +135,7 @@ class ZarrStore:
 
         Raises:
             StoreWriteError: the place cannot be written.
+            StoreError: what another process has begun there cannot be opened.
         """
         beside = f".partial-{path.name}-"
         try:
@@ -165,7 +175,12 @@ class ZarrStore:
         return Vocabulary(tuple(tokens), self.root.special_ids, self.root.bos_id, self.root.eos_id)
 
     def refresh(self) -> None:
-        """See the shards that were finished since the store was opened."""
+        """See the shards that were finished since the store was opened.
+
+        Raises:
+            CorruptStoreError: a shard's entry or keys are not what was written.
+            IncompatibleStoreError: a shard belongs to another store.
+        """
         for name in shard_names(self.path):
             if name in self.shards:
                 continue
@@ -186,6 +201,7 @@ class ZarrStore:
         return len(self._places)
 
     def __contains__(self, key: object) -> bool:
+        """Whether a document with this key (`logitstore.key.document_key`) is there; reads no values."""
         return key in self._numbers
 
     @property
@@ -203,6 +219,7 @@ class ZarrStore:
 
         Raises:
             CorruptStoreError: the bytes are not those that were written.
+            ValueError: no row of token ids.
         """
         number = self._numbers.get(document_key(np.asarray(token_ids)))
         return None if number is None else self._read(*self._places[number])
