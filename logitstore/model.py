@@ -1,7 +1,8 @@
 """Loads a teacher or student (mlx-lm directory, GGUF file, hub id), and saves one for mlx-lm.
 
 On a CPU the weights are unpacked and made float32, the one precision in which MLX uses BLAS there; on a GPU they stay
-as they are stored. `import logitstore` never comes here: a store is read where MLX is not installed.
+as they are stored, unless they are to be trained. `import logitstore` never comes here: a store is read where MLX is
+not installed.
 """
 
 import re
@@ -12,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import distill_kernels  # noqa: F401  loads the BLAS before MLX
+import distill_kernels
 
 import mlx.core as mx
-import mlx_lm.utils as mlx_lm
+import mlx_lm.utils as mlx_lm_utils
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.quantized import quantize
-from mlx.utils import tree_flatten
-from mlx_lm.models import llama
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tuner.utils import load_adapters
 from transformers import AutoTokenizer
 
@@ -36,7 +36,8 @@ class LoadedModel:
     """A model ready to run, and what it was made from.
 
     `tokenizer` is the Hugging Face one. `quantization` says how the weights are stored, also where they were unpacked
-    to load; `dtype` is that of the parameters in memory. `name` is the hub id as typed, or the last part of the path.
+    to load; `dtype` is that of the parameters in memory, `stored_dtype` of those in the source. `name` is the hub id as
+    typed, or the last part of the path.
     """
 
     model: Module
@@ -47,10 +48,15 @@ class LoadedModel:
     quantization: str | None
     adapter_path: Path | None
     dtype: str
+    stored_dtype: str
 
 
-def load_model(source: str | Path, *, adapter_path: str | Path | None = None, lazy: bool = False) -> LoadedModel:
-    """Load `source`, with the adapter of `adapter_path` if given; `lazy` leaves weights on disk until they are used.
+def load_model(source: str | Path, *, adapter_path: str | Path | None = None, unpack: bool = False) -> LoadedModel:
+    """Load `source`, with the adapter of `adapter_path` if given.
+
+    Args:
+        unpack: make all weights plain float32 on a GPU too, so that they can be trained: packed ones have no gradient,
+            and bfloat16 ones lose the small steps of an optimizer.
 
     Raises:
         ModelError: whatever is missing, broken, unsupported or out of reach, on one line.
@@ -61,19 +67,21 @@ def load_model(source: str | Path, *, adapter_path: str | Path | None = None, la
     else:
         model, tokenizer, config = _load_directory(path)
     adapter = Path(adapter_path).expanduser() if adapter_path is not None else None
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    if on_cpu:
+    stored_dtype = _dtype(model)
+    plain = distill_kernels.on_cpu() or unpack
+    if plain:
         model.set_dtype(mx.float32)  # the scales too: unpacked values are then exact products, not rounded ones
-        model = mlx_lm.dequantize_model(model)
+        model = mlx_lm_utils.dequantize_model(model)
     elif path.is_file():
         model.set_dtype(_matrix_dtype(model))  # GGUF keeps norms in float32, which would promote every activation
     if adapter is not None:
         _apply_adapter(model, adapter)
-    if on_cpu:
+    if plain:
         model.set_dtype(mx.float32)
     model.eval()
-    if not lazy:
-        mx.eval(_parameters(model))
+    if not distill_kernels.on_cpu():
+        mlx_lm_utils.maybe_set_recommended_wired_limit()  # else macOS may page a large model out between two steps
+    mx.eval(_parameters(model))
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -83,6 +91,7 @@ def load_model(source: str | Path, *, adapter_path: str | Path | None = None, la
         quantization=_describe_quantization(config),
         adapter_path=adapter,
         dtype=_dtype(model),
+        stored_dtype=stored_dtype,
     )
 
 
@@ -97,7 +106,7 @@ def _locate(source: str) -> Path:
     if not _HUB_ID.fullmatch(source):
         raise ModelError(f"no model at {source}; expected a directory, a .gguf file or a hub id like org/name")
     try:
-        return Path(mlx_lm._download(source))
+        return Path(mlx_lm_utils._download(source))
     except Exception as error:  # whatever the network, the proxy or the hub may raise
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise ModelError(
@@ -117,7 +126,7 @@ def _load_directory(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     for file in files:
         read_safetensors_header(file)  # MLX reads late: a file cut short would fail in the middle of a run
     try:
-        model, config = mlx_lm.load_model(path, lazy=True)
+        model, config = mlx_lm_utils.load_model(path, lazy=True)
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         raise ModelError(f"{path} does not load: {_first_line(error)}; expected a model of mlx-lm's") from error
     try:
@@ -131,19 +140,38 @@ def _load_directory(path: Path) -> tuple[Module, Any, dict[str, Any]]:
 
 def _load_gguf(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     gguf = read_gguf(path)
-    quantization: dict[str, Any] = gguf.config.get("quantization", {})
-
-    def packed(name: str, _module: Module) -> bool | dict[str, int]:
-        return f"{name}.scales" in gguf.weights and quantization.get(name, True)
-
     try:
-        model = llama.Model(llama.ModelArgs.from_dict(gguf.config))
-        if quantization:
-            quantize(model, quantization["group_size"], quantization["bits"], class_predicate=packed)
-        model.load_weights(list(gguf.weights.items()))
+        model = build_model(gguf.config, gguf.weights)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes and numbers that no model has
         raise ModelError(f"{path} does not fit its own metadata: {_first_line(error)}; download it again") from error
     return model, gguf.tokenizer, gguf.config
+
+
+def build_model(config: dict[str, Any], weights: dict[str, mx.array]) -> Module:
+    """Make the model that mlx-lm would load from a folder of this config and these weights, in eval mode.
+
+    Raises:
+        Exception: whatever mlx-lm's class raises for a config or weights that do not fit it.
+    """
+    model_class, args_class = mlx_lm_utils._get_classes(config)
+    model: Any = model_class(args_class.from_dict(config))
+    if hasattr(model, "sanitize"):
+        weights = model.sanitize(dict(weights))
+    if any(name.endswith(".scales") for name in weights):
+        quantization: dict[str, Any] = config["quantization"]
+
+        def packed(name: str, module: Module) -> Any:
+            if name in quantization:
+                return quantization[name]
+            if not hasattr(module, "to_quantized") or f"{name}.scales" not in weights:
+                return False
+            return mlx_lm_utils.infer_quant_config(name, module, weights)
+
+        mode = quantization.get("mode", "affine")
+        quantize(model, quantization["group_size"], quantization["bits"], mode=mode, class_predicate=packed)
+    model.load_weights(list(weights.items()))
+    model.eval()
+    return cast(Module, model)
 
 
 def _apply_adapter(model: Module, path: Path) -> None:
@@ -199,9 +227,12 @@ def _first_line(error: BaseException) -> str:
 # Saving
 
 
-def save_model_dir(model: Module, tokenizer: Any, config: dict[str, Any], out: Path) -> None:
-    """Write a directory that `mlx_lm.load` loads as it is: config, tokenizer, chat template, weights in their dtype.
+def save_model_dir(
+    model: Module, tokenizer: Any, config: dict[str, Any], out: Path, *, dtype: str | None = None
+) -> None:
+    """Write a directory that `mlx_lm.load` loads as it is: config, tokenizer, chat template, weights.
 
+    Weights are written in `dtype` (those apart that the model's class keeps in float32), or as they are in memory.
     All is written beside `out` first and moved in with config.json last: a killed save is not taken for a model.
 
     Raises:
@@ -217,9 +248,9 @@ def save_model_dir(model: Module, tokenizer: Any, config: dict[str, Any], out: P
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         partial = Path(folder)
-        mlx_lm.save_model(partial, model)
+        _save_weights(model, partial, dtype)
         tokenizer.save_pretrained(partial)
-        mlx_lm.save_config({k: v for k, v in config.items() if k not in dropped}, partial / "config.json")
+        mlx_lm_utils.save_config({k: v for k, v in config.items() if k not in dropped}, partial / "config.json")
         written = {file.name for file in partial.iterdir()}
         if strays := sorted(f.name for f in out.glob("model*.safetensors") if f.name not in written):
             raise ModelError(
@@ -228,3 +259,19 @@ def save_model_dir(model: Module, tokenizer: Any, config: dict[str, Any], out: P
         (out / "config.json").unlink(missing_ok=True)
         for name in sorted(written, key=lambda name: name == "config.json"):
             shutil.move(partial / name, out / name)
+
+
+def _save_weights(model: Module, folder: Path, dtype: str | None) -> None:
+    before = model.parameters()  # type: ignore[no-untyped-call]
+    castable = getattr(model, "cast_predicate", lambda _name: True)  # as in `mlx_lm.convert`
+
+    def cast_one(name: str, array: mx.array) -> mx.array:
+        floating = mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(getattr(mx, str(dtype))) if floating and castable(name) else array
+
+    try:
+        if dtype is not None:
+            model.update(tree_map_with_path(cast_one, before))
+        mlx_lm_utils.save_model(folder, model)
+    finally:
+        model.update(before)

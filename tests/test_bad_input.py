@@ -252,6 +252,17 @@ def test_a_disk_without_room_for_the_result_is_told_before_the_first_step(
     assert not (tmp_path / "o").exists()
 
 
+def test_an_error_that_is_not_of_writing_is_not_told_as_one(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise ConnectionResetError("the network")
+
+    monkeypatch.setattr(TargetSource, "answer", failing)
+    assert isinstance(run(filled(TRAIN, world, tmp_path / "o")).exception, ConnectionResetError)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_write_permission_is_told_in_one_line(world: World, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

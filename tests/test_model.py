@@ -61,6 +61,21 @@ def test_a_loaded_model_has_stock_mlx_lms_logits_and_on_a_cpu_is_float32(tmp_pat
     assert all(w.dtype == mx.float32 for _, w in tree_flatten(loaded.model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "unpack", "packed"), [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_weights_stay_packed_on_a_gpu_unless_they_are_to_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cpu: bool, unpack: bool, packed: bool
+) -> None:
+    limits: list[None] = []
+    monkeypatch.setattr("distill_kernels.on_cpu", lambda: on_cpu)
+    monkeypatch.setattr("mlx_lm.utils.maybe_set_recommended_wired_limit", lambda: limits.append(None))
+    loaded = load_model(save_tiny_model(tmp_path / "tiny", quantize=True), unpack=unpack)
+    names = {name.rpartition(".")[2] for name, _ in tree_flatten(loaded.model.parameters())}
+    assert ("scales" in names) == packed
+    assert len(limits) == (not on_cpu)
+
+
 def test_an_adapter_acts_as_in_stock_mlx_lm_with_dropout_off(tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path / "tiny")
     adapter = save_tiny_adapter(path, tmp_path / "adapter")

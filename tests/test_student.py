@@ -1,20 +1,24 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import distill_kernels  # noqa: F401  loads the BLAS before MLX
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.student import keep_layers, load_student, make_trainable, save_student, trainable
 from distill_trainer.train import TrainReport, run_steps
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, load_model
 from tests.runs import World, make_world
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 TOKENS = mx.array([[3, 141, 59, 26, 5, 35]])
 
@@ -62,18 +66,18 @@ def test_an_adapter_names_its_base_which_is_written_where_it_is_nowhere_else(
 
 def test_keeping_10_of_30_layers_keeps_the_first_the_last_and_even_steps(tmp_path: Path) -> None:
     student = load_model(save_tiny_model(tmp_path / "s", layers=30))
-    before = list(student.model.layers)
-    keep_layers(student, 10)
-    kept = [next(i for i, layer in enumerate(before) if layer is one) for one in student.model.layers]
+    cut = keep_layers(student, 10)
+    weights = [[layer.mlp.up_proj.weight for layer in model.layers] for model in (student.model, cut.model)]
+    kept = [next(i for i, w in enumerate(weights[0]) if mx.array_equal(w, one)) for one in weights[1]]
     assert kept[0] == 0
     assert kept[-1] == 29
     assert set(np.diff(kept)) <= {3, 4}
-    assert student.config["num_hidden_layers"] == len(kept) == 10
+    assert cut.config["num_hidden_layers"] == len(kept) == 10
 
 
 def test_a_cut_student_computes_with_the_kept_layers_alone(world: World) -> None:
-    whole, cut = load_model(world.student), load_model(world.student)
-    keep_layers(cut, 2)
+    whole = load_model(world.student)
+    cut = keep_layers(whole, 2)
     trunk = whole.model.model
     hidden = trunk.embed_tokens(TOKENS)
     for layer in (trunk.layers[0], trunk.layers[3]):
@@ -97,3 +101,83 @@ def test_an_adapter_trains_only_its_own_parameters_and_full_training_all(world: 
     assert {name.rpartition(".")[2] for name in names["dora"]} == {"lora_a", "lora_b", "m"}
     assert all(name.startswith("model.layers.3.") for name in names["lora"])
     assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"} <= names["full"]
+
+
+def save_tiny_gemma(path: Path, layers: int) -> Path:
+    """A random gemma3_text: of every 3 layers, 2 look back over 4 tokens only, and have a rotary base of their own."""
+    tokenizer = tiny_tokenizer()
+    config: dict[str, Any] = {
+        "model_type": "gemma3_text",
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 4,
+        "sliding_window_pattern": 3,
+        "vocab_size": len(tokenizer),
+    }
+    mx.random.seed(3)
+    model = gemma3_text.Model(gemma3_text.ModelArgs.from_dict(config))
+    weights = {name: w for name, w in tree_flatten(model.parameters()) if not name.startswith("lm_head")}  # tied
+    path.mkdir()
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_cut_student_whose_layers_act_by_their_number_is_saved_as_it_was_trained(
+    tmp_path: Path, world: World, kind: str
+) -> None:
+    source = save_tiny_gemma(tmp_path / "gemma", 12)
+    config = world.config(tmp_path / "out", student=str(source), fine_tune_type=kind, keep_layers=7, alpha=0.0)
+    student, line = trained(config, world)
+    model, _ = eval(line, {"mlx_lm": mlx_lm})
+    tokens = mx.array([list(range(3, 40))])
+    assert len(model.layers) == 7
+    assert np.allclose(model(tokens), student.model(tokens), atol=1e-4)
+    with pytest.raises(
+        ModelError, match=r"gemma does not run with 2 of its 12 layers .*; type --keep-layers with more"
+    ):
+        keep_layers(load_model(source), 2)
+
+
+def save_packed(path: Path, dtype: mx.Dtype) -> Path:
+    """A 4-bit student whose scales and norms are stored in a dtype of 16 bits."""
+    save_tiny_model(path, quantize=True)
+    weights = mx.load(str(path / "model.safetensors"))
+    floating = {name: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for name, w in weights.items()}
+    mx.save_safetensors(str(path / "model.safetensors"), floating, metadata={"format": "mlx"})
+    return path
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_packed_student_is_trained_in_full_in_float32_and_saved_in_the_dtype_of_its_source(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, on_cpu: bool
+) -> None:
+    monkeypatch.setattr("distill_kernels.on_cpu", lambda: on_cpu)
+    source = save_packed(tmp_path / "packed", mx.bfloat16)
+    student, line = trained(
+        world.config(tmp_path / "out", student=str(source), fine_tune_type="full", alpha=0.0), world
+    )
+    assert {w.dtype for _, w in tree_flatten(student.model.parameters())} == {mx.float32}
+    assert {w.dtype for w in mx.load(str(tmp_path / "out" / "model.safetensors")).values()} == {mx.bfloat16}
+    model, _ = eval(line, {"mlx_lm": mlx_lm})
+    assert np.allclose(model(TOKENS).astype(mx.float32), student.model(TOKENS), atol=0.3)
+
+
+def test_on_a_gpu_a_packed_student_of_an_adapter_stays_packed_also_when_it_is_cut(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill_kernels.on_cpu", lambda: False)
+    source = save_tiny_model(tmp_path / "packed", quantize=True)
+    config = world.config(tmp_path / "out", student=str(source), keep_layers=2, alpha=0.0)
+    student, line = trained(config, world)
+    assert isinstance(student.model.layers[0].mlp.gate_proj.linear, nn.QuantizedLinear)
+    model, _ = eval(line, {"mlx_lm": mlx_lm})
+    assert isinstance(model.layers[0].mlp.gate_proj.linear, nn.QuantizedLinear)
+    assert np.allclose(model(TOKENS), student.model(TOKENS), atol=1e-5)

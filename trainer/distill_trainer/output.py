@@ -1,9 +1,11 @@
 """The folder of a run's output: new, with room for the result, gone again where the run ends before its first step."""
 
+import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from logitstore.errors import ConfigError
 
@@ -32,29 +34,52 @@ def output_folder(out: Path) -> Iterator[Path]:
     """Make the folder of a run's output, which is new; take it away again where the run ends before its first step.
 
     Raises:
-        ConfigError: it cannot be written: no permission, full disk.
+        ConfigError: it cannot be made: no permission, full disk.
     """
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            yield out
-        except BaseException:
+    try:
+        yield out
+    except BaseException:
+        with suppress(OSError):  # what ended the run is what the user must read
             if not _has_steps(out):
                 _take_away(out)
-            raise
-    except OSError as error:
+        raise
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Stands around what writes into the folder of a run's output, and nothing else.
+
+    Raises:
+        ConfigError: full disk, no permission; MLX itself speaks of a RuntimeError.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
         raise cannot_write(out, error) from error
+
+
+def append_metrics(out: Path, metrics: Mapping[str, Any]) -> None:
+    """Add a step's line to the metrics.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    with writing(out), (out / METRICS).open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
 
 
 def require_room(out: Path, result_bytes: int) -> None:
     """Check before the work that its result has room on the disk.
 
     Raises:
-        OSError: it has not.
+        ConfigError: it has not.
     """
-    free = shutil.disk_usage(out).free
+    with writing(out):
+        free = shutil.disk_usage(out).free
     if free < result_bytes:
-        raise OSError(f"{free:,} bytes are free, the result takes {result_bytes:,}")
+        raise cannot_write(out, OSError(f"{free:,} bytes are free, the result takes {result_bytes:,}"))
 
 
 def _has_steps(out: Path) -> bool:
@@ -71,6 +96,8 @@ def _take_away(out: Path) -> None:
         out.rmdir()
 
 
-def cannot_write(out: Path, error: OSError) -> ConfigError:
+def cannot_write(out: Path, error: Exception) -> ConfigError:
     """The one line for a full disk, a missing permission and the like."""
-    return ConfigError(f"{out} cannot be written: {error.strerror or error}; mend this, or type another --out")
+    return ConfigError(
+        f"{out} cannot be written: {getattr(error, 'strerror', None) or error}; mend this, or type another --out"
+    )

@@ -1,8 +1,11 @@
 """The student: loaded, cut, made trainable, and saved as mlx-lm loads it."""
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
@@ -12,26 +15,26 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.output import BASE
+from distill_trainer.output import BASE, writing
 from logitstore.errors import ConfigError, ModelError
-from logitstore.model import LoadedModel, load_model, save_model_dir
+from logitstore.model import LoadedModel, build_model, load_model, save_model_dir
+
+_LAYER = re.compile(r"(model\.layers\.)(\d+)(?=\.)")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Config keys that hold a list with an entry for every layer."""
 
 
 def load_student(config: TrainConfig) -> LoadedModel:
     """Load the student, and cut it where asked. Nothing is written, and nothing is trainable yet.
 
+    To be trained in full, it is unpacked and float32 on every device.
+
     Raises:
-        ModelError: it does not load, or cannot be cut or trained.
+        ConfigError: `keep_layers` asks for more layers than there are.
+        ModelError: it does not load, or cannot be cut.
     """
-    student = load_model(config.student)
-    if config.fine_tune_type == "full" and student.quantization and student.dtype != "float32":
-        raise ModelError(
-            f"student {student.name} is quantised ({student.quantization}) and cannot be trained in full; "
-            "type --fine-tune-type lora"
-        )
-    if config.keep_layers is not None:
-        keep_layers(student, config.keep_layers)
-    return student
+    student = load_model(config.student, unpack=config.fine_tune_type == "full")
+    return student if config.keep_layers is None else keep_layers(student, config.keep_layers)
 
 
 def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
@@ -40,7 +43,7 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model.
 
     Raises:
-        ConfigError: LoRA parameters that cannot be used.
+        ConfigError: LoRA parameters that cannot be used; the output cannot be written.
     """
     model = student.model
     mx.random.seed(config.seed)
@@ -48,7 +51,8 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
         model.unfreeze()
     else:
         if needs_base(student, config):
-            write_model(student, Path(config.out) / BASE)
+            with writing(Path(config.out)):
+                save_model_dir(student.model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()
         lora = dict(config.lora_parameters)
         try:
@@ -60,18 +64,21 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     model.train()
 
 
-def keep_layers(student: LoadedModel, count: int) -> None:
+def keep_layers(student: LoadedModel, count: int) -> LoadedModel:
     """Keep `count` of a model's L layers: those at round(i (L - 1) / (count - 1)), so the first and the last stay.
+
+    The shorter model is made anew of its own config, as it will be when it is loaded: where a layer acts by its number
+    (Gemma 3: sliding or global), it acts by its new one in training too.
 
     Raises:
         ConfigError: more layers than there are.
-        ModelError: the model's layers do not lie where mlx-lm's usual models have them.
+        ModelError: the model's layers do not lie where mlx-lm's usual models have them, or the shorter model does not
+            run.
 
     Reference: Sanh et al., "DistilBERT", 2019, section 3; Muralidharan et al., "Minitron", 2024.
     """
-    trunk = getattr(student.model, "model", None)
-    layers = getattr(trunk, "layers", None)
-    if not isinstance(layers, list) or "num_hidden_layers" not in student.config:
+    layers = getattr(getattr(student.model, "model", None), "layers", None)
+    if not isinstance(layers, list) or student.config.get("num_hidden_layers") != len(layers):
         raise ModelError(f"student {student.name} has no plain list of layers to cut; leave --keep-layers out")
     if count > len(layers):
         raise ConfigError(
@@ -79,23 +86,55 @@ def keep_layers(student: LoadedModel, count: int) -> None:
             f"type --keep-layers with at most {len(layers)}"
         )
     kept = [round(i * (len(layers) - 1) / max(count - 1, 1)) for i in range(count)]
-    trunk.layers = [layers[i] for i in kept]  # type: ignore[union-attr]
-    student.config["num_hidden_layers"] = count
-    if "layer_types" in student.config:
-        student.config["layer_types"] = [student.config["layer_types"][i] for i in kept]
+    number_of = {old: new for new, old in enumerate(kept)}
+    config = student.config | {"num_hidden_layers": count}
+    for name in _PER_LAYER:
+        if isinstance(config.get(name), list) and len(config[name]) == len(layers):
+            config[name] = [config[name][i] for i in kept]
+    for name in ("quantization", "quantization_config"):
+        if isinstance(config.get(name), dict):
+            config[name] = _renumbered(config[name], number_of)
+    weights = cast(dict[str, mx.array], tree_flatten(student.model.parameters(), destination={}))  # type: ignore[no-untyped-call]
+    try:
+        model = build_model(config, _renumbered(weights, number_of))
+        logits = model(mx.array([[0, 1, 2, 1]]))
+        if not mx.isfinite(logits).all().item():
+            raise ValueError("its logits are not finite")
+    except Exception as error:  # every model's class has reasons of its own
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"student {student.name} does not run with {count} of its {len(layers)} layers "
+            f"({type(error).__name__}: {reason}); type --keep-layers with more, or leave it out"
+        ) from error
+    return replace(student, model=model, config=config)
+
+
+def _renumbered(named: Mapping[str, Any], number_of: Mapping[int, int]) -> dict[str, Any]:
+    """What belongs to a layer that is kept, under its new number; and what belongs to none."""
+    found = {}
+    for name, value in named.items():
+        match = _LAYER.match(name)
+        if match is None:
+            found[name] = value
+        elif int(match[2]) in number_of:
+            found[f"{match[1]}{number_of[int(match[2])]}{name[match.end() :]}"] = value
+    return found
 
 
 def save_student(student: LoadedModel, config: TrainConfig) -> str:
     """Write what was trained to `config.out` and return the line of Python that loads it.
 
-    A full student is an mlx-lm model folder, an adapter an mlx-lm adapter folder.
+    A full student is an mlx-lm model folder, in the dtype that its source has on disk (packed: the dtype of the
+    scales), on a CPU too; an adapter is an mlx-lm adapter folder, in the dtype that it was trained in.
 
     Raises:
-        OSError: full disk, no permission.
+        ConfigError: full disk, no permission.
+        ModelError: the output holds the weights of another model.
     """
     out = Path(config.out)
     if config.fine_tune_type == "full":
-        write_model(student, out)
+        with writing(out):
+            save_model_dir(student.model, student.tokenizer, student.config, out, dtype=student.stored_dtype)
         return f'mlx_lm.load("{out}")'
     base = str(out / BASE) if needs_base(student, config) else config.student
     settings = {
@@ -105,27 +144,14 @@ def save_student(student: LoadedModel, config: TrainConfig) -> str:
         "model": base,
     }
     partial = out / ".partial.safetensors"
-    try:
-        mx.save_safetensors(str(partial), trainable(student.model))
-        partial.rename(out / "adapters.safetensors")
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    (out / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    with writing(out):
+        try:
+            mx.save_safetensors(str(partial), trainable(student.model))
+            partial.rename(out / "adapters.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)
+        (out / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
     return f'mlx_lm.load("{base}", adapter_path="{out}")'
-
-
-def write_model(student: LoadedModel, folder: Path) -> None:
-    """Write the student as an mlx-lm model folder.
-
-    Raises:
-        OSError: full disk; MLX itself speaks of a RuntimeError.
-    """
-    try:
-        save_model_dir(student.model, student.tokenizer, student.config, folder)
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
 
 
 def needs_base(student: LoadedModel, config: TrainConfig) -> bool:

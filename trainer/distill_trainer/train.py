@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.config import TrainConfig
-from distill_trainer.output import CONFIG, METRICS, SUMMARY, output_folder, require_new, require_room
+from distill_trainer.output import (
+    CONFIG,
+    METRICS,
+    SUMMARY,
+    append_metrics,
+    output_folder,
+    require_new,
+    require_room,
+    writing,
+)
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
@@ -80,7 +89,9 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             make_trainable(student, config)
             parameters = trainable(student.model).values()
             require_room(out, sum(parameter.nbytes for parameter in parameters))
-            (out / CONFIG).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+            with writing(out):
+                (out / CONFIG).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+                (out / METRICS).touch()
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
             run, failure = TrainReport(), None
             try:
@@ -91,7 +102,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 run.interrupted, failure = True, error
         run.load_with = save_student(student, config)
         summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
-        (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        with writing(out):
+            (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     if isinstance(failure, StoreError):
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
     return run
@@ -113,10 +125,7 @@ def run_steps(
     batches = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed)
     step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
 
-    with (
-        (out / METRICS).open("w") as metrics,
-        tqdm(total=config.iters, desc="train", unit="step", disable=config.quiet) as bar,
-    ):
+    with tqdm(total=config.iters, desc="train", unit="step", disable=config.quiet) as bar:
         while report.steps < config.iters:
             started = time.perf_counter()
             chosen = [sequences[i] for i in next(batches)]
@@ -153,8 +162,7 @@ def run_steps(
                 "tokens_per_second": n / elapsed_s,
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
             }
-            metrics.write(json.dumps(report.final) + "\n")
-            metrics.flush()
+            append_metrics(out, report.final)
             bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
             bar.update()
 
