@@ -56,7 +56,7 @@ class Manifest:
         return [
             ("teacher weights", self.teacher.weights_digest, "--teacher"),
             ("teacher config", self.teacher.config_digest, "--teacher"),
-            ("adapter", self.teacher.adapter_digest, "--adapter-path"),
+            ("adapter", self.teacher.adapter_digest, "--adapter-path (distill-train: --teacher-adapter-path)"),
             ("tokenizer", self.tokenizer.fingerprint, "--teacher"),
             ("LM head width", recipe.vocab_size, "--teacher"),
             ("selection", recipe.selection, f"--select {recipe.selection}"),

@@ -34,11 +34,9 @@ from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
+from logitstore.forward import logit_rows
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
-
-LOGIT_ROWS = 256
-"""Positions whose logits exist at one time: 50 MB of float32 at V = 49,152."""
 
 
 @dataclass
@@ -177,9 +175,9 @@ def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tup
         constants = (batch.ids, batch.weights, batch.log_tail_mass, batch.labels)
     if head.reason is None:
         hidden = head.trunk(batch.tokens)
-        kl, ce = distill_kernels.chunked(
-            losses, hidden.reshape(-1, hidden.shape[-1])[batch.rows], head, constants, LOGIT_ROWS
-        )
+        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
+        chunk_rows = logit_rows(head(hidden[:1]).shape[-1]) // 2  # the gradient of a chunk's logits is as large again
+        kl, ce = distill_kernels.chunked(losses, hidden, head, constants, chunk_rows)
     else:
         logits = head.model(batch.tokens)
         kl, ce = losses(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
