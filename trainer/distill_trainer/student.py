@@ -75,7 +75,7 @@ def keep_layers(student: LoadedModel, count: int) -> LoadedModel:
         ModelError: the model's layers do not lie where mlx-lm's usual models have them, or the shorter model does not
             run.
 
-    Reference: Sanh et al., "DistilBERT", 2019, section 3; Muralidharan et al., "Minitron", 2024.
+    Reference: Sanh et al., "DistilBERT", 2019, section 3 (every second layer of the teacher).
     """
     layers = getattr(getattr(student.model, "model", None), "layers", None)
     if not isinstance(layers, list) or student.config.get("num_hidden_layers") != len(layers):
