@@ -4,15 +4,12 @@ For biased selections (top-k, top-p). The bucket makes the student pay for mass 
 an exact student nothing: renormalising inside the kept set does neither.
 """
 
-from dataclasses import dataclass
-
 from distill_kernels.row_loss import (
     Arrays,
-    RowLoss,
+    TemperedLoss,
     add_at_ids,
     at_ids,
     check_rows,
-    check_temperature,
     counted,
     cross_entropy,
     in_vocabulary,
@@ -22,14 +19,8 @@ from distill_kernels.row_loss import (
 import mlx.core as mx
 
 
-@dataclass(frozen=True)
-class BucketKL(RowLoss):
+class BucketKL(TemperedLoss):
     """`bucket_kl_ce` at one temperature, as a `RowLoss` over rows (ids, weights, log_tail_mass, labels)."""
-
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         ids, weights, log_tail, labels = rows

@@ -43,6 +43,17 @@ class RowLoss:
 
 
 @dataclass(frozen=True)
+class TemperedLoss(RowLoss):
+    """A row loss at one temperature, which is above 0."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, found {self.temperature}")
+
+
+@dataclass(frozen=True)
 class Autodiff(RowLoss):
     """Any function of (logits [N, V], *rows) that returns one [N] array or a tuple of them, with MLX's own gradient."""
 
@@ -77,12 +88,6 @@ def check_rows(logits: mx.array, targets: tuple[mx.array, mx.array], vectors: di
     for name, vector in vectors.items():
         if vector.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [{len(logits)}], found shape {vector.shape}")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ValueError unless the temperature is above 0."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, found {temperature}")
 
 
 def in_vocabulary(ids: mx.array, vocab: int) -> tuple[mx.array, mx.array]:

@@ -4,15 +4,12 @@ This is the linear loss of unbiased selections (a sample whose weights stand for
 teacher (k = V). For a truncated teacher, whose weights stand only for themselves, see `bucket_kl`.
 """
 
-from dataclasses import dataclass
-
 from distill_kernels.row_loss import (
     Arrays,
-    RowLoss,
+    TemperedLoss,
     add_at_ids,
     at_ids,
     check_rows,
-    check_temperature,
     counted,
     cross_entropy,
     in_vocabulary,
@@ -22,14 +19,8 @@ from distill_kernels.row_loss import (
 import mlx.core as mx
 
 
-@dataclass(frozen=True)
-class SparseKL(RowLoss):
+class SparseKL(TemperedLoss):
     """`sparse_kl_ce` at one temperature, as a `RowLoss` over rows (ids, weights, labels)."""
-
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         ids, weights, labels = rows
