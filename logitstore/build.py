@@ -12,12 +12,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from logitstore.documents import read_documents
+from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError
-from logitstore.journal import ShardWriter
+from logitstore.journal import WRITE_BACK, ShardWriter, commit_leftovers
 from logitstore.manifest import Manifest
 from logitstore.plan import Part, plan_batches, plan_shards, unique
 from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport, read_sequences
+from logitstore.sequences import TokenizeReport, read_sequences, require_ids_below
 from logitstore.teacher import Teacher
 from logitstore.zarr_store import ZarrStore
 
@@ -103,11 +104,13 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
     report = TokenizeReport()
     documents = unique(read_sequences(rows, teacher.tokenizer, config.max_length, report, quiet=config.quiet))
     say(report.describe("--max-length", len(documents)))
+    require_ids_below(teacher.vocab_size, documents.values(), f"teacher {teacher.loaded.name}")
     manifest = teacher.manifest(selection, config.temperature, config.seed)
 
     store = open_or_create(config.out, manifest, teacher)
+    commit_leftovers(store, WRITE_BACK)
+    todo = {key: s for key, s in documents.items() if part.holds(key) and key not in store}
     with ShardWriter(store, f"build-{part.index}-of-{part.count}") as writer:
-        todo = {key: s for key, s in documents.items() if part.holds(key) and key not in store}
         missing = {key: s for key, s in todo.items() if key not in writer}
         if len(missing) < len(documents):
             others = len(documents) - len(missing)
@@ -140,7 +143,9 @@ def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> ZarrStor
     Raises:
         IncompatibleStoreError: it was built by another teacher, tokenizer or recipe.
         StoreWriteError: the place cannot be written.
+        ConfigError: it lies inside another store.
     """
+    require_outside_stores(path)
     store = ZarrStore(path) if path.exists() else ZarrStore.create(path, manifest, teacher.vocabulary)
     store.manifest.require_compatible(manifest, path)
     return store

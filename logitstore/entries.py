@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from logitstore.errors import CorruptStoreError, LogitstoreError, StoreFormatError, StoreNotFoundError
+from logitstore.errors import ConfigError, CorruptStoreError, LogitstoreError, StoreFormatError, StoreNotFoundError
 from logitstore.manifest import Manifest
 from logitstore.sealed import GROUP, FileEntries, are_file_entries, unseal_group
 
@@ -103,3 +103,14 @@ def damaged(path: Path, fault: str) -> CorruptStoreError:
     return CorruptStoreError(
         f"{path}: {fault}; type `logitstore verify STORE` for all that is damaged, delete those shards, and build again"
     )
+
+
+def require_outside_stores(path: Path) -> None:
+    """Check that `path` does not lie inside a store, in which every file is accounted for.
+
+    Raises:
+        ConfigError: it would.
+    """
+    for parent in path.absolute().parents:
+        if (parent / GROUP).is_file():
+            raise ConfigError(f"{path} lies inside {parent}, which is a store; type --out with a path outside of it")

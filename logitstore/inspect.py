@@ -27,8 +27,13 @@ def inspect(store: ZarrStore, number: int, shown: int = SHOWN) -> Iterator[str]:
     vocabulary = store.vocabulary
 
     def text(token_id: int) -> str:
-        # The LM head may be wider than the tokenizer, and every id may be drawn.
-        return vocabulary.text(token_id) if token_id < len(vocabulary) else f"<no token {token_id}>"
+        if token_id >= len(vocabulary):
+            return f"<no token {token_id}>"  # the LM head may be wider than the tokenizer, and every id may be drawn
+        token = vocabulary.tokens[token_id]
+        try:
+            return repr(token.decode())
+        except UnicodeDecodeError:
+            return repr(token)  # bytes that are not whole characters
 
     yield f"document {number}: {len(token_ids):,} tokens, perplexity {np.exp(-targets.label_log_prob.mean()):.2f}"
     yield LINE.format("pos", "next token", "p", "entropy", "kept candidates (* what followed, ~ drawn from the tail)")
@@ -39,6 +44,6 @@ def inspect(store: ZarrStore, number: int, shown: int = SHOWN) -> Iterator[str]:
         for slot in order[: min(shown, int((targets.weights[t] > 0).sum()))]:
             token, weight = int(targets.ids[t, slot]), float(targets.weights[t, slot])
             mark = ("*" if token == label else "") + ("~" if slot >= targets.head_count[t] else "")
-            entries.append(f"{text(token)!r}{mark} {weight:.3f}")
+            entries.append(f"{text(token)}{mark} {weight:.3f}")
         probability = f"{np.exp(targets.label_log_prob[t]):.3f}"
-        yield LINE.format(t, repr(text(label))[:18], probability, f"{targets.entropy[t]:.2f}", "  ".join(entries))
+        yield LINE.format(t, text(label)[:18], probability, f"{targets.entropy[t]:.2f}", "  ".join(entries))

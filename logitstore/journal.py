@@ -23,6 +23,8 @@ from logitstore.zarr_store import ZarrStore
 
 FRAME = struct.Struct("<I16s")
 DOCUMENT = struct.Struct("<I")
+WRITE_BACK = "write-back"
+"""Name of the writer that keeps what a live teacher answered in a training run."""
 
 
 class ShardWriter:
@@ -98,10 +100,13 @@ class ShardWriter:
         Raises:
             StoreWriteError: full disk; the documents stay pending.
         """
-        documents = [self.pending[key] for key in keys]
-        self.store.write_shard(documents, self.name)
-        for document in documents:
-            del self.pending[document.key]
+        keys = list(keys)
+        self.store.refresh()  # what another writer has finished since need not be there twice
+        documents = [self.pending[key] for key in keys if key not in self.store]
+        if documents:
+            self.store.write_shard(documents, self.name)
+        for key in keys:
+            del self.pending[key]
         if self.pending:
             return  # the journal still holds them; what is in a shard by now is passed over when it is read again
         try:
@@ -147,6 +152,18 @@ def open_locked(path: Path) -> FileIO:
 def journals(store: Path) -> list[Path]:
     """Journals of builds that have not finished."""
     return sorted(store.glob(".journal-*"))
+
+
+def commit_leftovers(store: ZarrStore, name: str) -> None:
+    """Make a shard of what an interrupted writer of this name has left; one that still runs is left alone."""
+    if not (store.path / f".journal-{name}").exists():
+        return
+    try:
+        writer = ShardWriter(store, name)
+    except StoreWriteError:
+        return  # it still runs
+    with writer:
+        writer.commit(list(writer.pending))
 
 
 def _pack(documents: Sequence[DocumentRecord]) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ from logitstore.selection import Selection
 
 FORMAT = "logitstore"
 FORMAT_VERSION = 1
+ADAPTER = "--adapter-path (in distill-train --teacher-adapter-path)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Manifest:
         return [
             ("teacher weights", self.teacher.weights_digest, "--teacher"),
             ("teacher config", self.teacher.config_digest, "--teacher"),
-            ("adapter", self.teacher.adapter_digest, "--adapter-path (distill-train: --teacher-adapter-path)"),
+            ("adapter", self.teacher.adapter_digest, ADAPTER),
             ("tokenizer", self.tokenizer.fingerprint, "--teacher"),
             ("LM head width", recipe.vocab_size, "--teacher"),
             ("selection", recipe.selection, f"--select {recipe.selection}"),
@@ -72,10 +73,14 @@ class Manifest:
         """
         for (what, found, flag), (_, expected, _) in zip(self._identity(), wanted._identity(), strict=True):
             if found != expected:
-                type_this = f"{flag} with the model that built it" if flag.startswith(("--teacher", "--ad")) else flag
+                type_this = {
+                    "--teacher": "type --teacher with the model that built it",
+                    ADAPTER: f"type {ADAPTER} with what built it" if found else f"leave {ADAPTER} out",
+                }.get(flag, f"type {flag}")
+                built, asked = ("none" if value is None else value for value in (found, expected))
                 raise IncompatibleStoreError(
-                    f"{where} was built with {what} {found} (teacher {self.teacher.name}), this run has {expected} "
-                    f"(teacher {wanted.teacher.name}); type {type_this}, or another store"
+                    f"{where} was built with {what} {built} (teacher {self.teacher.name}), this run has {asked} "
+                    f"(teacher {wanted.teacher.name}); {type_this}, or name another store"
                 )
 
     def to_json(self) -> dict[str, Any]:

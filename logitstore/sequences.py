@@ -121,6 +121,21 @@ def tokenize(
         yield TokenSequence(token_ids, trained, document.where, truncated)
 
 
+def require_ids_below(vocab_size: int, sequences: Iterable[TokenSequence], model: str) -> None:
+    """Check before a model reads them that it has an embedding for every token: MLX reads past the end without a word.
+
+    Raises:
+        ModelError: naming the first document with a token that the model lacks.
+    """
+    for sequence in sequences:
+        largest = int(sequence.token_ids.max())
+        if largest >= vocab_size:
+            raise ModelError(
+                f"{sequence.where} holds token {largest}, but {model} knows {vocab_size:,} tokens; "
+                "its tokenizer is not the one it was trained with: type a model folder whose parts belong together"
+            )
+
+
 def _encode(document: Document, tokenizer: Any) -> tuple[list[int], npt.NDArray[np.bool_]]:
     """The L token ids of a document, and for each token whether it is to be learned, bool [L]."""
     row, tools = document.row, document.row.get("tools")

@@ -19,4 +19,4 @@ def open_store(path: str | PathLike[str]) -> ZarrStore:
         StoreFormatError: not a store, or one of a newer format.
         CorruptStoreError: its bytes are not those that were written.
     """
-    return ZarrStore(Path(path))
+    return ZarrStore(Path(path).expanduser())

@@ -64,6 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     (folder / "cut.gguf").write_bytes((folder / "cut.gguf").read_bytes()[:2000])
     (folder / "noise.gguf").write_bytes(b"GGUF" + bytes(range(200)))
     shutil.copytree(world.teacher, folder / "foreign")  # the same weights, other tokens
+    save_tiny_model(folder / "narrow", vocab_size=270)  # fewer tokens than its tokenizer
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<more>"]})
     tokenizer.save_pretrained(folder / "foreign")
@@ -116,6 +117,13 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --student {folder}/cut", r"cut/model.safetensors cannot be read .*; download it again"),
         (TRAIN + " --teacher {folder}/bare", r"bare has no config.json"),
         (TRAIN + " --keep-layers 9", r"has 4 layers, --keep-layers asks for 9; type --keep-layers with at most 4"),
+        (BUILD + " --teacher {folder}/narrow", r"holds token \d+, but teacher narrow knows 270 tokens; its tokenizer"),
+        (TRAIN + " --student {folder}/narrow", r"holds token \d+, but student narrow knows 270 tokens; its tokenizer"),
+        (TRAIN + " --teacher {teacher} --on-miss skip", r"--teacher is never asked with --on-miss skip; leave it out"),
+        # places
+        (TRAIN + " --out {store}/run", r"store.zarr/run lies inside .*, which is a store; type --out"),
+        (BUILD + " --out {store}/shards/x.zarr", r"x.zarr lies inside .*, which is a store; type --out"),
+        ("logitstore info " + 300 * "x", r"x cannot be used: File name too long; type another path"),
         # stores
         ("logitstore info {folder}/none.zarr", r"there is no store at .*; type `logitstore build"),
         ("logitstore info {data}", r"data.jsonl is a file, a store is a folder; type"),

@@ -43,7 +43,7 @@ def test_entries_drawn_from_the_tail_are_marked(tmp_path: Path) -> None:
 
 def test_an_id_that_the_tokenizer_has_no_token_for_is_shown_as_such(tmp_path: Path) -> None:
     store = one_document(tmp_path / "s", Vocabulary((b"a",) * 8, frozenset(), None, None), {299: 1.0})
-    assert "'<no token 299>' 1.000" in list(inspect(store, 0))[2]
+    assert "<no token 299> 1.000" in list(inspect(store, 0))[2]
 
 
 def test_a_document_that_is_not_there_is_one_line(tmp_path: Path) -> None:
@@ -66,3 +66,9 @@ def test_info_counts_what_is_on_disk(tmp_path: Path) -> None:
 def test_info_of_an_empty_store_divides_nothing_by_nothing(tmp_path: Path) -> None:
     store = ZarrStore.create(tmp_path / "s", manifest(), VOCABULARY)
     assert info(store)["bytes_per_token"] is None and "- per token" in to_text(info(store), "s")
+
+
+def test_bytes_that_are_no_whole_character_are_shown_as_bytes(tmp_path: Path) -> None:
+    tokens = tuple(b"\xc3" if i == 9 else b"a" for i in range(VOCAB))
+    store = one_document(tmp_path / "s", Vocabulary(tokens, frozenset(), None, None), {9: 1.0})
+    assert "b'\\xc3' 1.000" in list(inspect(store, 0))[2]

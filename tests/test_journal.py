@@ -8,7 +8,7 @@ import pytest
 
 from logitstore.durable import sync
 from logitstore.errors import StoreWriteError
-from logitstore.journal import ShardWriter, journals
+from logitstore.journal import ShardWriter, commit_leftovers, journals
 from logitstore.recipe import DocumentRecord
 from logitstore.store import open_store
 from logitstore.zarr_store import ZarrStore
@@ -204,3 +204,26 @@ def test_a_flush_reaches_the_medium_where_fsync_alone_does_not(tmp_path: Path, m
     monkeypatch.setattr("fcntl.fcntl", call)
     sync(tmp_path)
     assert asked == [51]
+
+
+def test_what_an_interrupted_writer_left_is_committed_and_one_that_runs_is_left_alone(store: ZarrStore) -> None:
+    path, _ = journal_of(store)
+    with ShardWriter(store, "build") as writer:
+        commit_leftovers(store, "build")
+        assert path.exists() and len(store) == 0 and len(writer.pending) == 6
+        raised = writer.pending.copy()
+        writer.pending.clear()  # leave as if nothing had been found, without a commit
+    journal_of(store)
+    commit_leftovers(store, "build")
+    assert len(store) == len(raised) == 6 and not journals(store.path)
+
+
+def test_two_writers_of_the_same_documents_store_them_once(store: ZarrStore) -> None:
+    with ShardWriter(store, "build") as one, ShardWriter(open_store(store.path), "write-back") as other:
+        for writer in (one, other):
+            writer.append(BATCHES[0])
+        other.append(BATCHES[1])
+        one.commit(KEYS[0])
+        other.commit(KEYS[0] + KEYS[1])
+    found = open_store(store.path)
+    assert len(found) == 3 and sum(len(shard.keys) for shard in found.shards.values()) == 3

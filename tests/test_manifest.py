@@ -15,28 +15,28 @@ def changed(**recipe: object) -> Manifest:
 
 
 DIFFERENCES = [
-    (replace(BASE, teacher=replace(BASE.teacher, weights_digest="b" * 32)), "teacher weights", "--teacher"),
-    (replace(BASE, teacher=replace(BASE.teacher, config_digest="b" * 32)), "teacher config", "--teacher"),
-    (replace(BASE, teacher=replace(BASE.teacher, adapter_digest="b" * 32)), "adapter", "--adapter-path"),
-    (replace(BASE, tokenizer=replace(BASE.tokenizer, fingerprint="b" * 32)), "tokenizer", "--teacher"),
-    (changed(vocab_size=301), "LM head width", "--teacher"),
-    (changed(selection=Selection("top-k", 16)), "selection", "--select threshold:16"),
-    (changed(selection=Selection("threshold", 8)), "selection", "--select threshold:16"),
-    (changed(temperature=2.0), "temperature", "--temperature 1.0"),
-    (changed(temperature=1.0000001), "temperature", "--temperature 1.0"),
-    (changed(seed=7), "seed", "--seed 0"),
+    (replace(BASE, teacher=replace(BASE.teacher, weights_digest="b" * 32)), "teacher weights", "type --teacher"),
+    (replace(BASE, teacher=replace(BASE.teacher, config_digest="b" * 32)), "teacher config", "type --teacher"),
+    (replace(BASE, teacher=replace(BASE.teacher, adapter_digest="b" * 32)), "adapter", "leave --adapter-path"),
+    (replace(BASE, tokenizer=replace(BASE.tokenizer, fingerprint="b" * 32)), "tokenizer", "type --teacher"),
+    (changed(vocab_size=301), "LM head width", "type --teacher"),
+    (changed(selection=Selection("top-k", 16)), "selection", "type --select threshold:16"),
+    (changed(selection=Selection("threshold", 8)), "selection", "type --select threshold:16"),
+    (changed(temperature=2.0), "temperature", "type --temperature 1.0"),
+    (changed(temperature=1.0000001), "temperature", "type --temperature 1.0"),
+    (changed(seed=7), "seed", "type --seed 0"),
 ]
 
 
-@pytest.mark.parametrize(("other", "what", "flag"), DIFFERENCES)
+@pytest.mark.parametrize(("other", "what", "type_this"), DIFFERENCES)
 def test_a_difference_is_refused_with_what_was_found_expected_and_what_to_type(
-    other: Manifest, what: str, flag: str
+    other: Manifest, what: str, type_this: str
 ) -> None:
     assert other.fingerprint != BASE.fingerprint
     with pytest.raises(IncompatibleStoreError) as caught:
         BASE.require_compatible(other, "docs.zarr")
     message = str(caught.value)
-    assert message.startswith(f"docs.zarr was built with {what} ") and f"type {flag}" in message
+    assert message.startswith(f"docs.zarr was built with {what} ") and type_this in message
     assert "this run has" in message and "\n" not in message
 
 

@@ -44,7 +44,7 @@ def build(**options: Any) -> None:
         from logitstore.build import BuildConfig
         from logitstore.build import build as run
 
-        config = BuildConfig(**options)
+        config = BuildConfig(**options | {"out": options["out"].expanduser()})
         if config.dry_run:
             _dry_run(config)
             return
@@ -121,7 +121,9 @@ def verify(store: Path, as_json: bool, quiet: bool) -> None:
 @main.command()
 @STORE
 @click.option("--document", "number", default=0, show_default=True, help="Which document, from 0.")
-@click.option("--candidates", default=6, show_default=True, help="How many candidates to show.")
+@click.option(
+    "--candidates", type=click.IntRange(min=1), default=6, show_default=True, help="How many candidates to show."
+)
 def inspect(store: Path, number: int, candidates: int) -> None:
     """Show a document's positions and the candidates kept for each."""
     with one_line_errors("Nothing was changed."):

@@ -1,5 +1,6 @@
-"""How a command ends: a foreseeable mistake is one line and exit code 2, Ctrl-C says how to go on."""
+"""How a command ends: a foreseeable mistake is one line and exit code 2, Ctrl-C and SIGTERM say how to go on."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,20 @@ INTERRUPTED = 130
 
 @contextmanager
 def one_line_errors(resume: str) -> Iterator[None]:
-    """Turn errors of the tree into one line on stderr.
+    """Turn errors of the tree, and paths that the system refuses, into one line on stderr.
 
     Args:
         resume: what to say after Ctrl-C.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way of typing Ctrl-C
     try:
         yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A path that may not be looked at, or that no file system takes.
+        click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; type another path", err=True)
+        sys.exit(2)
     except LogitstoreError as error:
         click.echo("Error: " + " ".join(str(error).splitlines()), err=True)
         sys.exit(2)

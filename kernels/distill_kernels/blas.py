@@ -124,8 +124,11 @@ def _compile(path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise OSError("there is no C compiler")
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".tmp")
+    except OSError as error:
+        raise OSError(f"{path.parent} cannot be written: set XDG_CACHE_HOME to a folder that can") from error
     os.close(handle)
     try:
         command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-o", temporary, "-"]

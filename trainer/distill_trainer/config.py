@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -115,6 +116,10 @@ class TrainConfig:
             "nothing to distil from; type --store STORE, --teacher T, or --alpha 0 for cross-entropy alone",
         )
         _require(
+            self.teacher is None or not self.store or self.miss_policy == "online",
+            f"--teacher is never asked with --on-miss {self.on_miss}; leave it out, or type --on-miss online",
+        )
+        _require(
             self.alpha == 0 or bool(self.store) or self.miss_policy == "online",
             f"without --store every position is a miss, and --on-miss {self.on_miss} never asks the teacher; "
             "type --on-miss online, or --alpha 0 for cross-entropy alone",
@@ -170,6 +175,9 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
             typed[name] = read(value)
         except (TypeError, ValueError, OverflowError):
             raise ConfigError(f"{name} is {value!r}, expected {expected}; see `distill-train --help`") from None
+    if "out" in typed:
+        typed["out"] = os.path.expanduser(typed["out"])  # noqa: PTH111  text in, text out
+    typed["store"] = tuple(os.path.expanduser(path) for path in typed.get("store", ()))  # noqa: PTH111
     return TrainConfig(**typed)
 
 

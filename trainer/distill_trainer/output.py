@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError
 
 CONFIG = "distill_train.json"
@@ -20,8 +21,9 @@ def require_new(out: Path) -> None:
     """Check that nothing would be overwritten.
 
     Raises:
-        ConfigError: the output folder holds something, or cannot be looked into.
+        ConfigError: the output folder holds something, lies inside a store, or cannot be looked into.
     """
+    require_outside_stores(out)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} holds something already; type --out with a new folder")

@@ -12,7 +12,7 @@ from distill_trainer.config import TrainConfig
 from distill_trainer.targets import TargetSource
 from logitstore.build import open_or_create
 from logitstore.errors import ConfigError, IncompatibleStoreError
-from logitstore.journal import ShardWriter
+from logitstore.journal import WRITE_BACK, ShardWriter
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
 from logitstore.store import open_store
@@ -92,7 +92,7 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
         if config.write_back:
             first = open_or_create(Path(config.store[0]), wanted, teacher)
             stores = [first, *(store for store in stores if store.path != first.path)]
-            writer = stack.enter_context(ShardWriter(first, "write-back"))
+            writer = stack.enter_context(ShardWriter(first, WRITE_BACK))
         source = TargetSource(stores, recipe, config.miss_policy, teacher, writer)
         stack.callback(source.close)
         yield source

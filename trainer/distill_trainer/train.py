@@ -36,7 +36,7 @@ from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
 from logitstore.forward import logit_rows
 from logitstore.recipe import Recipe
-from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
+from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
 
 
 @dataclass
@@ -78,6 +78,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     report = TokenizeReport()
     sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
     say(report.describe("--max-seq-length"))
+    vocab_size = student.model(mx.array([[0]])).shape[-1]
+    require_ids_below(vocab_size, sequences, f"student {student.name}")
 
     with output_folder(Path(config.out)) as out:
         asked = target_source(config, stores, student.tokenizer) if config.alpha > 0 else nullcontext()
