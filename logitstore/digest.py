@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from logitstore.errors import ModelError
+from logitstore.errors import ModelError, first_line
 
 _ADAPTER_FIELDS = ("fine_tune_type", "lora_parameters", "num_layers")
 _NOT_COMPUTED = {
@@ -87,7 +87,7 @@ def _read_json_object(path: Path, expected: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"found a JSON {type(value).__name__}")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {_reason(error)}; expected {expected}") from error
+        raise ModelError(f"{path} cannot be read: {first_line(error)}; expected {expected}") from error
     return value
 
 
@@ -130,7 +130,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, tuple[str, list[int],
         if bad := next((name for name, (_, _, a, b) in tensors.items() if not 0 <= a <= b <= data_bytes), None):
             raise ValueError(f"tensor `{bad}` extends past the end of the file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ModelError(f"{path} cannot be read as safetensors: {_reason(error)}; download it again") from error
+        raise ModelError(f"{path} cannot be read as safetensors: {first_line(error)}; download it again") from error
     return tensors, 8 + length
 
 
@@ -148,8 +148,3 @@ def _progress(total_bytes: int, quiet: bool) -> "tqdm[Any]":
     return tqdm(
         total=total_bytes, unit="B", unit_scale=True, desc="weights digest", delay=1, leave=False, disable=quiet
     )
-
-
-def _reason(error: BaseException) -> str:
-    """An error's first line, without its full stop."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".;:")

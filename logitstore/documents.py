@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from logitstore.errors import ConfigError, DatasetError
+from logitstore.errors import ConfigError, DatasetError, first_line
 
 # In the order in which mlx-lm looks for them.
 FORMATS: Mapping[str, tuple[str, ...]] = {
@@ -104,7 +104,7 @@ def _read_json_lines(path: Path) -> Iterator[Document]:
                     where = f"{path.name}:{number}"
                     yield _checked(_parse(line, where), where)
     except OSError as error:
-        raise DatasetError(f"{path} cannot be read: {_reason(error)}") from error
+        raise DatasetError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def _parse(line: bytes, where: str) -> Mapping[str, Any]:
@@ -117,7 +117,7 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     except UnicodeEncodeError as error:
         raise DatasetError(f"{where}: found a lone surrogate escape such as \\ud83d, expected the pair") from error
     except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{where}: not valid JSON ({_reason(error)}); expected one object per line") from error
+        raise DatasetError(f"{where}: not valid JSON ({first_line(error)}); expected one object per line") from error
     if not isinstance(row, dict):
         raise DatasetError(f"{where}: found {_kind(row)}, expected one JSON object per line: {_EXPECTED}")
     return row
@@ -137,7 +137,7 @@ def _read_parquet(path: Path) -> Iterator[Document]:
                     yield _checked(row, where)
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DatasetError(f"{path} is not a whole Parquet file (at row {number}): {_reason(error)}") from error
+        raise DatasetError(f"{path} is not a whole Parquet file (at row {number}): {first_line(error)}") from error
 
 
 def _read_hugging_face(dataset: str, split: str) -> Iterator[Document]:
@@ -148,7 +148,7 @@ def _read_hugging_face(dataset: str, split: str) -> Iterator[Document]:
     except Exception as error:  # network, hub, file formats and scripts: no common base short of this one
         raise DatasetError(
             f"dataset {dataset!r}, split {split!r}, is no file here and Hugging Face datasets cannot load it: "
-            f"{_reason(error.__cause__ or error)}"
+            f"{first_line(error.__cause__ or error)}"
         ) from error
     rows = rows.select_columns(_needed(rows.column_names))
     return (_checked(row, f"{dataset}[{split}] row {number}") for number, row in enumerate(rows))
@@ -204,8 +204,3 @@ def _kind(value: Any) -> str:
         return "an empty list" if not value else f"a list that starts with {_kind(value[0])}"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}
     return names.get(type(value), f"of type {type(value).__name__}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

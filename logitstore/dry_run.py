@@ -10,7 +10,7 @@ from logitstore.documents import read_documents
 from logitstore.plan import Part, plan_batches, plan_shards, unique
 from logitstore.sealed import GROUP
 from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport, read_sequences
+from logitstore.sequences import TokenizeReport, read_sequences, require_ids_below
 from logitstore.teacher import Teacher
 from logitstore.zarr_store import ZarrStore
 
@@ -42,6 +42,7 @@ def estimate(config: BuildConfig) -> Estimate:
     report = TokenizeReport()
     every = unique(read_sequences(rows, teacher.tokenizer, config.max_length, report, quiet=config.quiet))
     summary = report.describe("--max-length", len(every))
+    require_ids_below(teacher.vocab_size, every.values(), f"teacher {teacher.loaded.name}")
     documents = {key: s for key, s in every.items() if part.holds(key)}
     manifest = teacher.manifest(Selection.parse(config.select), config.temperature, config.seed)
     if there is not None:

@@ -61,3 +61,8 @@ class IncompatibleStoreError(StoreError):
 
 class StoreWriteError(StoreError):
     """A store that cannot be written: full disk, no permission, another writer."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, without its full stop, for a message of one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".;:")

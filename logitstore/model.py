@@ -24,7 +24,7 @@ from mlx_lm.tuner.utils import load_adapters
 from transformers import AutoTokenizer
 
 from logitstore.digest import read_safetensors_header
-from logitstore.errors import ModelError
+from logitstore.errors import ModelError, first_line
 from logitstore.gguf import read_gguf
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -108,7 +108,7 @@ def _locate(source: str) -> Path:
     try:
         return Path(mlx_lm_utils._download(source))
     except Exception as error:  # whatever the network, the proxy or the hub may raise
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(
             f"no directory {source}, and the hub did not give it ({reason}); check the name and the network, "
             f"or download it first: `hf download {source}`"
@@ -128,12 +128,12 @@ def _load_directory(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     try:
         model, config = mlx_lm_utils.load_model(path, lazy=True)
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        raise ModelError(f"{path} does not load: {_first_line(error)}; expected a model of mlx-lm's") from error
+        raise ModelError(f"{path} does not load: {first_line(error)}; expected a model of mlx-lm's") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise plain Exception for a broken file
         raise ModelError(
-            f"{path}: its tokenizer does not load: {_first_line(error)}; expected tokenizer.json"
+            f"{path}: its tokenizer does not load: {first_line(error)}; expected tokenizer.json"
         ) from error
     return model, tokenizer, config
 
@@ -143,7 +143,7 @@ def _load_gguf(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     try:
         model = build_model(gguf.config, gguf.weights)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes and numbers that no model has
-        raise ModelError(f"{path} does not fit its own metadata: {_first_line(error)}; download it again") from error
+        raise ModelError(f"{path} does not fit its own metadata: {first_line(error)}; download it again") from error
     return model, gguf.tokenizer, gguf.config
 
 
@@ -218,10 +218,6 @@ def _matrix_dtype(model: Module) -> mx.Dtype:
 
 def _parameters(model: Module) -> dict[str, mx.array]:
     return cast(dict[str, mx.array], tree_flatten(model.parameters(), destination={}))  # type: ignore[no-untyped-call]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".;:")
 
 
 # Saving

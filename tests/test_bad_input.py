@@ -119,6 +119,11 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --keep-layers 9", r"has 4 layers, --keep-layers asks for 9; type --keep-layers with at most 4"),
         (BUILD + " --teacher {folder}/narrow", r"holds token \d+, but teacher narrow knows 270 tokens; its tokenizer"),
         (TRAIN + " --student {folder}/narrow", r"holds token \d+, but student narrow knows 270 tokens; its tokenizer"),
+        (BUILD + " --teacher {folder}/narrow --dry-run", r"holds token \d+, but teacher narrow knows 270 tokens"),
+        (
+            "distill-train --student {student} --teacher {folder}/narrow --dataset {data} --out {new}",
+            r"holds token \d+, but the teacher knows 270 tokens",
+        ),
         (TRAIN + " --teacher {teacher} --on-miss skip", r"--teacher is never asked with --on-miss skip; leave it out"),
         # places
         (TRAIN + " --out {store}/run", r"store.zarr/run lies inside .*, which is a store; type --out"),

@@ -85,6 +85,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         asked = target_source(config, stores, student.tokenizer) if config.alpha > 0 else nullcontext()
         with asked as source:
             if source is not None:
+                require_ids_below(source.recipe.vocab_size, sequences, "the teacher")
                 say_coverage(source, sequences, config, say)
             make_trainable(student, config)
             parameters = trainable(student.model).values()
