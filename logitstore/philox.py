@@ -1,6 +1,7 @@
 """Philox-4x32-10: random numbers that are a function of where they are used, not of when.
 
-Every random choice about a position is drawn from (document key, position, replica), so that a build that was killed, a
+Every random choice about a position is drawn from (document key, position, temperature,
+replica), so that a build that was killed, a
 miss that is answered live and another machine all draw the same numbers.
 """
 
@@ -30,12 +31,18 @@ def philox4x32(counters: npt.NDArray[np.uint32], key: tuple[int, int]) -> npt.ND
 
 
 def position_words(
-    document_key: bytes, positions: npt.NDArray[np.int64], count: int, *, seed: int, replica: int = 0
+    document_key: bytes,
+    positions: npt.NDArray[np.int64],
+    count: int,
+    *,
+    seed: int,
+    replica: int = 0,
+    temperature_index: int = 0,
 ) -> npt.NDArray[np.uint32]:
     """Draw `count` random words for each position of a document: uint32 [P, count].
 
     Philox's key is the first 64 bits of the document's, with the seed added; its counter is (word index / 4, position,
-    replica, 0).
+    replica, temperature index).
     """
     key = (int.from_bytes(document_key[:8], "little") + seed) & 0xFFFFFFFFFFFFFFFF
     groups = -(-count // 4)
@@ -43,6 +50,7 @@ def position_words(
     counters[..., 0] = np.arange(groups, dtype=np.uint32)
     counters[..., 1] = positions.astype(np.uint32)[:, None]
     counters[..., 2] = replica
+    counters[..., 3] = temperature_index
     words = philox4x32(counters, (key & 0xFFFFFFFF, key >> 32))
     return words.reshape(len(positions), groups * 4)[:, :count]
 

@@ -28,13 +28,23 @@ def test_a_position_draws_the_same_words_alone_and_among_others_few_and_many() -
     assert (together[4, :7] == alone[0]).all()
 
 
-def test_keys_positions_seeds_and_replicas_draw_different_words() -> None:
+def test_word_w_of_a_position_is_word_w_mod_4_of_the_counter_that_the_specification_says() -> None:
+    words = position_words(KEY, np.array([7, 9]), 6, seed=2, replica=5, temperature_index=3)
+    key = (0x03020100 + 2, 0x07060504)  # the key's first 8 bytes, little-endian, and the seed
+    counters = [[[0, t, 5, 3], [1, t, 5, 3]] for t in (7, 9)]  # word index / 4, position, replica, temperature index
+    expected = philox4x32(np.array(counters, np.uint32), key)
+    assert words.shape == (2, 6) and (words == expected.reshape(2, 8)[:, :6]).all()
+
+
+def test_keys_positions_seeds_replicas_and_temperatures_draw_different_words() -> None:
     draws = [
         position_words(KEY, np.array([0, 1]), 4, seed=0),
         position_words(KEY[::-1], np.array([0, 1]), 4, seed=0),
         position_words(KEY, np.array([0, 1]), 4, seed=1),
         position_words(KEY, np.array([0, 1]), 4, seed=-1),
         position_words(KEY, np.array([0, 1]), 4, seed=0, replica=1),
+        position_words(KEY, np.array([0, 1]), 4, seed=0, temperature_index=1),
+        position_words(KEY, np.array([0, 1]), 4, seed=0, replica=1, temperature_index=1),
     ]
     rows = {row.tobytes() for words in draws for row in words}
     assert len(rows) == 2 * len(draws)

@@ -1,7 +1,7 @@
 """Which entries of a teacher's distribution are kept, on the device where its logits are.
 
-The definition in plain MLX of what `logitstore.selection` does in NumPy; given the same random numbers both keep the
-same entries, up to float32 rounding. The vocabulary is seen as blocks [64, B], B = ceil(V / 64): id = element * B +
+The definition in plain MLX of what `logitstore.cpu_selection` does in NumPy; given the same random numbers both keep
+the same entries, up to float32 rounding. The vocabulary is seen as blocks [64, B], B = ceil(V / 64): id = element * B +
 block.
 """
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 BLOCK_SIZE = 64
-HEAD_MARGIN = 1e-6  # as in logitstore.selection
+HEAD_MARGIN = 1e-6  # as in logitstore.cpu_selection
 UNITS = 1 << 34
 
 
@@ -19,8 +19,8 @@ class Kept(NamedTuple):
 
     ids: mx.array
     """uint32 [N, k]"""
-    head_probs: mx.array
-    """float32 [N, k]"""
+    probs: mx.array
+    """float32 [N, k]; of head and tail, 0 after the last entry"""
     head_count: mx.array
     """int32 [N]"""
     tail_mass: mx.array
@@ -70,8 +70,9 @@ def select_threshold_ops(
     grid = mx.put_along_axis(probs, blocks.top_ids, back, axis=1).reshape(n, BLOCK_SIZE, count)
     drawn = _systematic(grid, block_order, start, k - head_count, slots)
     ids = mx.where(in_head, blocks.top_ids.astype(mx.int32), mx.maximum(drawn, 0))
-    head = mx.where(in_head, blocks.top_probs, 0)
-    return _kept(logits, labels, temperature, blocks, ids, head, head_count, suffix)
+    used = in_head | (drawn >= 0)
+    kept = mx.where(used, mx.take_along_axis(blocks.probs, ids, axis=1), 0)
+    return _kept(logits, labels, temperature, blocks, ids, kept, head_count, suffix)
 
 
 def select_top_k_ops(logits: mx.array, labels: mx.array, k: int, temperature: float) -> Kept:
@@ -140,7 +141,7 @@ def _kept(
     temperature: float,
     blocks: _Blocks,
     ids: mx.array,
-    head: mx.array,
+    kept: mx.array,
     head_count: mx.array,
     suffix: mx.array,
 ) -> Kept:
@@ -154,7 +155,7 @@ def _kept(
     label = mx.take_along_axis(z, labels[:, None], axis=1)[:, 0] - mx.log(total)
     entropy = mx.log(total) - _long_sum(probs * mx.maximum(z, -1e4)) / total
     tail_mass = mx.take_along_axis(suffix, head_count, axis=1) / suffix[:, :1]
-    return Kept(ids.astype(mx.uint32), head / suffix[:, :1], head_count[:, 0], tail_mass[:, 0], label, entropy)
+    return Kept(ids.astype(mx.uint32), kept / suffix[:, :1], head_count[:, 0], tail_mass[:, 0], label, entropy)
 
 
 def _long_sum(values: mx.array) -> mx.array:
@@ -166,3 +167,11 @@ def _long_sum(values: mx.array) -> mx.array:
 
 select_threshold = select_threshold_ops
 select_top_k = select_top_k_ops
+
+
+def log_z(logits: mx.array, temperatures: tuple[float, ...]) -> mx.array:
+    """Return log sum_j p_j^(1 / T) of p = softmax(logits) [N, V] for each T: float32 [N, n]."""
+    z = logits.astype(mx.float32)
+    z = z - z.max(axis=1, keepdims=True)
+    log_total = mx.log(_long_sum(mx.exp(z)))
+    return mx.stack([mx.log(_long_sum(mx.exp(z / t))) - log_total / t for t in temperatures], axis=1)
