@@ -1,13 +1,16 @@
 """What a store's `zarr.json` files say: the manifest, and the entry of each shard; checked before it is believed."""
 
-import os
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from logitstore.errors import ConfigError, CorruptStoreError, LogitstoreError, StoreFormatError, StoreNotFoundError
+from logitstore.errors import ConfigError, CorruptStoreError, LogitstoreError, StoreFormatError, first_line
+from logitstore.files import Files
 from logitstore.manifest import Manifest
-from logitstore.sealed import GROUP, FileEntries, are_file_entries, unseal_group
+from logitstore.sealed import GROUP, FileEntries, are_file_entries, read_group, unseal_group
+
+MOST_POSITIONS = 1 << 28
+"""Of one shard: a thousand times what a build puts into one. It bounds what its small files may unpack to."""
 
 
 @dataclass(frozen=True)
@@ -36,69 +39,82 @@ def shard_name(keys: bytes) -> str:
     return blake2b(keys, digest_size=8).hexdigest()
 
 
-def shard_names(path: Path) -> list[str]:
-    """Names of the finished shards of a store, sorted; none where there is no folder of shards."""
-    try:
-        with os.scandir(path / "shards") as found:
-            return sorted(item.name for item in found if item.is_dir() and not item.name.startswith("."))
-    except OSError:
-        return []  # the root names a file in that folder, so that its loss is noticed
-
-
-def read_root(path: Path) -> Root:
+def read_root(files: Files, where: object) -> Root:
     """Read and check the root's `zarr.json`.
 
+    Args:
+        where: the store, for messages.
+
     Raises:
-        StoreNotFoundError, StoreFormatError, CorruptStoreError: as their names say.
+        StoreFormatError, CorruptStoreError: as their names say.
     """
-    if not path.exists():
-        raise StoreNotFoundError(
-            f"there is no store at {path}; type `logitstore build --teacher T --dataset D --out {path}`"
-        )
     type_this = "type the path that `logitstore build --out` was given"
-    if not path.is_dir():
-        raise StoreFormatError(f"{path} is a file, a store is a folder; {type_this}")
+    path = f"{where}/{GROUP}"
     try:
-        data = (path / GROUP).read_bytes()
+        data = read_group(files)
     except FileNotFoundError:
         data = b""
     except OSError as error:
-        raise StoreFormatError(f"{path / GROUP} cannot be read ({error.strerror}); {type_this}") from error
-    if b'"logitstore"' not in data and not ((path / "shards").is_dir() and (path / "vocabulary").is_dir()):
-        found = "is a Zarr group, but not a logitstore" if data else f"is not a store: it has no {GROUP}"
-        raise StoreFormatError(f"{path} {found}; {type_this}")
-    attributes = unseal_group(data, path / GROUP)
+        raise StoreFormatError(f"{path} cannot be read ({error.strerror or error}); {type_this}") from error
+    if b'"logitstore"' not in data:
+        try:
+            names = {name.split("/")[0] for name in files.names()}
+        except OSError:
+            names = set()
+        if not {"shards", "vocabulary"} <= names:
+            found = "is a Zarr group, but not a logitstore" if data else f"is not a store: it has no {GROUP}"
+            raise StoreFormatError(f"{where} {found}; {type_this}")
+    return root_of(data, path, where)
+
+
+def root_of(data: bytes, path: object, where: object) -> Root:
+    """What the bytes of a sealed root say.
+
+    Args:
+        path, where: these bytes, and the store, for messages.
+
+    Raises:
+        StoreFormatError, CorruptStoreError: as their names say.
+    """
+    attributes = unseal_group(data, path)
     try:
-        manifest = Manifest.from_json(attributes["logitstore"], path)
-        files, special_ids = attributes["files"], frozenset(map(int, attributes["special_ids"]))
+        manifest = Manifest.from_json(attributes["logitstore"], where)
+        files, special_ids = attributes["files"], attributes["special_ids"]
+        bos_id, eos_id = attributes["bos_id"], attributes["eos_id"]
         if not are_file_entries(files):
             raise ValueError("its list of files")
-        return Root(manifest, files, special_ids, attributes["bos_id"], attributes["eos_id"])
+        if not all(type(i) is int and 0 <= i < 1 << 31 for i in (*special_ids, bos_id or 0, eos_id or 0)):
+            raise ValueError("its special ids")
+        return Root(manifest, files, frozenset(special_ids), bos_id, eos_id)
     except StoreFormatError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, LogitstoreError) as error:
-        raise StoreFormatError(f"{path / GROUP} says what no logitstore writes ({error}); build it again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, LogitstoreError) as error:
+        raise StoreFormatError(
+            f"{path} says what no logitstore writes ({first_line(error)}); build it again"
+        ) from error
 
 
-def read_entry(shard: Path) -> ShardEntry:
+def read_entry(files: Files, folder: str) -> ShardEntry:
     """Read and check a shard's `zarr.json`.
 
     Raises:
         CorruptStoreError: it is missing or damaged.
     """
+    path = f"{folder}/{GROUP}"
     try:
-        entry = ShardEntry(**unseal_group((shard / GROUP).read_bytes(), shard / GROUP))
+        entry = ShardEntry(**unseal_group(read_group(files, folder), path))
     except OSError as error:
-        raise damaged(shard / GROUP, f"cannot be read ({error.strerror})") from error
+        raise damaged(path, f"cannot be read ({error.strerror or error})") from error
     except TypeError as error:
-        raise damaged(shard / GROUP, f"says what no logitstore writes ({error})") from error
+        raise damaged(path, f"says what no logitstore writes ({first_line(error)})") from error
     counts = (entry.documents, entry.positions)
-    if not (all(isinstance(n, int) and n >= 0 for n in counts) and are_file_entries(entry.files)):
-        raise damaged(shard / GROUP, "says what no logitstore writes")
+    whole = all(type(n) is int for n in counts) and 0 < entry.documents <= entry.positions <= MOST_POSITIONS
+    if not (whole and are_file_entries(entry.files)):
+        raise damaged(path, "says what no logitstore writes")
     return entry
 
 
-def damaged(path: Path, fault: str) -> CorruptStoreError:
+def damaged(path: object, fault: str) -> CorruptStoreError:
     """The one line for a file of a store that cannot be trusted."""
     return CorruptStoreError(
         f"{path}: {fault}; type `logitstore verify STORE` for all that is damaged, delete those shards, and build again"

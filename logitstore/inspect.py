@@ -4,14 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from logitstore.contract import Store
 from logitstore.errors import ConfigError
-from logitstore.zarr_store import ZarrStore
 
 SHOWN = 6
 LINE = "{:>5}  {:<18} {:>7} {:>7}  {}"
 
 
-def inspect(store: ZarrStore, number: int, shown: int = SHOWN) -> Iterator[str]:
+def inspect(store: Store, number: int, shown: int = SHOWN) -> Iterator[str]:
     """Lines of text: position, the token that followed, its probability, the entropy, and the kept candidates.
 
     The label is marked with *, entries drawn from the tail with ~.

@@ -16,7 +16,8 @@ from types import TracebackType
 
 import numpy as np
 
-from logitstore.durable import cannot_write, flush
+from logitstore.contract import Store
+from logitstore.durable import cannot_write, flush, sync
 from logitstore.errors import StoreWriteError
 from logitstore.recipe import DocumentRecord
 from logitstore.zarr_store import ZarrStore
@@ -43,9 +44,10 @@ class ShardWriter:
     def __init__(self, store: ZarrStore, name: str) -> None:
         self.store = store
         self.name = name
-        self.path = store.path / f".journal-{name}"
+        self.path = store.folder / f".journal-{name}"
         try:
             self._file = open_locked(self.path)
+            sync(store.folder)  # a journal whose name is lost is lost, however often it is flushed
         except BlockingIOError as error:
             raise StoreWriteError(
                 f"another process is writing {name} into {store.path}; wait for it, or end it"
@@ -66,9 +68,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self.pending and kind is None:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
+        try:
+            if not self.pending and kind is None:
+                self.store.save_index()
+                self.path.unlink(missing_ok=True)
+        finally:
+            self._file.close()
 
     def __contains__(self, key: object) -> bool:
         return key in self.pending or key in self.store
@@ -104,7 +109,7 @@ class ShardWriter:
         self.store.refresh()  # what another writer has finished since need not be there twice
         documents = [self.pending[key] for key in keys if key not in self.store]
         if documents:
-            self.store.write_shard(documents, self.name)
+            self.store.write_documents(documents, self.name)
         for key in keys:
             del self.pending[key]
         if self.pending:
@@ -116,13 +121,9 @@ class ShardWriter:
             raise cannot_write(self.path, error) from error
 
     def _recover(self) -> Iterator[DocumentRecord]:
-        whole, size = 0, self.path.stat().st_size
-        while len(head := self._file.read(FRAME.size)) == FRAME.size:
-            length, digest = FRAME.unpack(head)
-            payload = self._file.read(min(length, size))
-            if len(payload) != length or blake2b(payload, digest_size=16).digest() != digest:
-                break
-            yield from _unpack(payload, self.store.manifest.recipe.record_width)
+        whole = 0
+        for payload in payloads(self._file):
+            yield from unpack_documents(payload, self.store.manifest.recipe.record_width)
             whole = self._file.tell()
         self._cut(whole)
 
@@ -149,15 +150,26 @@ def open_locked(path: Path) -> FileIO:
         file.close()  # its holder removed it between our two calls
 
 
+def payloads(file: FileIO) -> Iterator[bytes]:
+    """What a journal holds, up to the first frame that is cut short or does not match."""
+    size = os.fstat(file.fileno()).st_size
+    while len(head := file.read(FRAME.size)) == FRAME.size:
+        length, digest = FRAME.unpack(head)
+        payload = file.read(min(length, size))
+        if len(payload) != length or blake2b(payload, digest_size=16).digest() != digest:
+            return
+        yield payload
+
+
 def journals(store: Path) -> list[Path]:
     """Journals of builds that have not finished."""
     return sorted(store.glob(".journal-*"))
 
 
-def commit_leftovers(store: ZarrStore, name: str) -> None:
-    """Make a shard of what an interrupted writer of this name has left; one that still runs is left alone."""
-    if not (store.path / f".journal-{name}").exists():
-        return
+def commit_leftovers(store: Store, name: str) -> None:
+    """Show readers what an interrupted writer of this name has left; one that still runs is left alone."""
+    if not isinstance(store, ZarrStore) or not (store.folder / f".journal-{name}").exists():
+        return  # another kind of store leaves nothing
     try:
         writer = ShardWriter(store, name)
     except StoreWriteError:
@@ -173,7 +185,8 @@ def _pack(documents: Sequence[DocumentRecord]) -> Iterator[bytes]:
         yield document.records.tobytes()
 
 
-def _unpack(payload: bytes, width: int) -> Iterator[DocumentRecord]:
+def unpack_documents(payload: bytes, width: int) -> Iterator[DocumentRecord]:
+    """The documents of a payload."""
     at = 0
     while at < len(payload):
         (length,) = DOCUMENT.unpack_from(payload, at)

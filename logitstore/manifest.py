@@ -1,15 +1,20 @@
 """What made a store: teacher, tokenizer, recipe. Kept in the store's root, checked before a value is used."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from hashlib import blake2b
+from types import UnionType
 from typing import Any
 
 from logitstore.errors import IncompatibleStoreError, StoreFormatError
 from logitstore.recipe import Recipe
 from logitstore.sealed import file_digest
 from logitstore.selection import Selection
+from logitstore.vocabulary import Vocabulary
 
 FORMAT = "logitstore"
 FORMAT_VERSION = 1
+MOST_TOKENS = 1 << 24
 ADAPTER = "--adapter-path (in distill-train --teacher-adapter-path)"
 
 
@@ -44,6 +49,11 @@ class Manifest:
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
     recipe: Recipe
+    imported: str | None = None
+    """The format of the cache that it was imported from; None where a teacher was asked."""
+    unknown: tuple[str, ...] = ()
+    """What that cache did not record; its values are the lowest or highest code, or were assumed. The weights digest
+    covers it."""
 
     @property
     def fingerprint(self) -> str:
@@ -61,7 +71,10 @@ class Manifest:
             ("tokenizer", self.tokenizer.fingerprint, "--teacher"),
             ("LM head width", recipe.vocab_size, "--teacher"),
             ("selection", recipe.selection, f"--select {recipe.selection}"),
-            ("temperature", float(recipe.temperature), f"--temperature {recipe.temperature}"),
+            ("temperature", _listed(recipe.temperatures), f"--temperature {_listed(recipe.temperatures)}"),
+            ("replicas", recipe.replicas, f"--replicas {recipe.replicas}"),
+            ("tail log-probs", recipe.tail_log_probs or None, "--tail-log-probs"),
+            ("log Z", _listed(recipe.log_z) or None, f"--log-z {_listed(recipe.log_z)}".strip()),
             ("seed", recipe.seed, f"--seed {recipe.seed}"),
         ]
 
@@ -71,17 +84,24 @@ class Manifest:
         Raises:
             IncompatibleStoreError: naming the first difference: found, expected, what to type.
         """
-        for (what, found, flag), (_, expected, _) in zip(self._identity(), wanted._identity(), strict=True):
+        for what, found, expected, flag in self._differences(wanted):
+            ending = {"--teacher": " with the model that built it", ADAPTER: " with what built it"}.get(flag, "")
+            left_out = found is None and flag != "--teacher"
+            type_this = f"leave {flag} out" if left_out else f"type {flag}{ending}"
+            built, asked = ("none" if value is None else value for value in (found, expected))
+            raise IncompatibleStoreError(
+                f"{where} was built with {what} {built} (teacher {self.teacher.name}), this run has {asked} "
+                f"(teacher {wanted.teacher.name}); {type_this}, or name another store"
+            )
+
+    def first_difference(self, other: "Manifest") -> tuple[str, object, object] | None:
+        """What tells two apart first, and its values here and there; None where their fingerprints are equal."""
+        return next(((what, found, expected) for what, found, expected, _ in self._differences(other)), None)
+
+    def _differences(self, other: "Manifest") -> Iterator[tuple[str, object, object, str]]:
+        for (what, found, flag), (_, expected, _) in zip(self._identity(), other._identity(), strict=True):
             if found != expected:
-                type_this = {
-                    "--teacher": "type --teacher with the model that built it",
-                    ADAPTER: f"type {ADAPTER} with what built it" if found else f"leave {ADAPTER} out",
-                }.get(flag, f"type {flag}")
-                built, asked = ("none" if value is None else value for value in (found, expected))
-                raise IncompatibleStoreError(
-                    f"{where} was built with {what} {built} (teacher {self.teacher.name}), this run has {asked} "
-                    f"(teacher {wanted.teacher.name}); {type_this}, or name another store"
-                )
+                yield what, found, expected, flag
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
@@ -92,6 +112,8 @@ class Manifest:
             "teacher": asdict(self.teacher),
             "tokenizer": asdict(self.tokenizer),
             "recipe": recipe,
+            "serves": self.recipe.serves,
+            **({"imported": self.imported, "unknown": list(self.unknown)} if self.imported else {}),
         }
 
     @classmethod
@@ -107,8 +129,45 @@ class Manifest:
             )
         if data["format_version"] != FORMAT_VERSION:
             raise StoreFormatError(
-                f"{where} has format {data['format_version']}, this logitstore reads format {FORMAT_VERSION}; "
+                f"{where} has format {data['format_version']!r}, this logitstore reads format {FORMAT_VERSION}; "
                 "type `pip install --upgrade logitstore`"
             )
-        recipe = data["recipe"] | {"selection": Selection.parse(data["recipe"]["selection"])}
-        return cls(TeacherIdentity(**data["teacher"]), TokenizerIdentity(**data["tokenizer"]), Recipe(**recipe))
+        recipe = dict(data["recipe"])
+        for kind, values in (
+            (TeacherIdentity, data["teacher"]),
+            (TokenizerIdentity, data["tokenizer"]),
+            (Recipe, recipe),
+        ):
+            _require_types(kind, values)
+        if not (0 <= recipe["seed"] < 1 << 64 and 0 <= data["tokenizer"]["size"] <= MOST_TOKENS):
+            raise ValueError("its seed, or the size of its tokenizer")
+        recipe["selection"] = Selection.parse(recipe["selection"])
+        for name in ("temperatures", "log_z"):
+            recipe[name] = tuple(map(float, recipe[name]))
+        imported, unknown = data.get("imported"), data.get("unknown", [])
+        if not (
+            isinstance(imported, str | None) and isinstance(unknown, list) and all(isinstance(u, str) for u in unknown)
+        ):
+            raise TypeError("what is said of its import")
+        teacher, tokenizer = TeacherIdentity(**data["teacher"]), TokenizerIdentity(**data["tokenizer"])
+        return cls(teacher, tokenizer, Recipe(**recipe), imported, tuple(unknown))
+
+
+def tokenizer_identity(tokenizer: object, vocabulary: Vocabulary) -> TokenizerIdentity:
+    """What a manifest says of a tokenizer."""
+    template = getattr(tokenizer, "chat_template", None)
+    digest = blake2b(str(template).encode(), digest_size=16).hexdigest() if template else None
+    return TokenizerIdentity(vocabulary.fingerprint(), len(vocabulary), digest)
+
+
+def _require_types(kind: Any, values: dict[str, Any]) -> None:
+    """Raise TypeError where a value is not of the type that a dataclass says; lists are for the caller."""
+    for field in fields(kind):
+        if isinstance(field.type, type | UnionType) and field.type is not Selection and field.name in values:
+            value = values[field.name]
+            if not isinstance(value, field.type) or (isinstance(value, bool) and field.type is not bool):
+                raise TypeError(f"{field.name} is {type(value).__name__}")
+
+
+def _listed(temperatures: tuple[float, ...]) -> str:
+    return ",".join(f"{float(t)}" for t in temperatures)

@@ -6,7 +6,6 @@ changed space.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,8 +13,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from logitstore.errors import CorruptStoreError
+from logitstore.files import Files, LocalFiles
 
 GROUP = "zarr.json"
+MOST_JSON_BYTES = 8 << 20
+"""A `zarr.json` is no longer: the worst of this size takes 4 s and 500 MB to parse. Depth the parser bounds."""
+PIECE = 1 << 22
 DAMAGED = "its bytes are not those that were written"
 
 FileEntries = Mapping[str, Mapping[str, Any]]
@@ -40,13 +43,15 @@ def seal_group(attributes: dict[str, Any]) -> bytes:
     return _dump(attributes | {"digest": file_digest(_dump(attributes))})
 
 
-def unseal_group(data: bytes, path: Path) -> dict[str, Any]:
+def unseal_group(data: bytes, path: object) -> dict[str, Any]:
     """Read the attributes back.
 
     Raises:
-        CorruptStoreError: any byte differs from what `seal_group` wrote.
+        CorruptStoreError: any byte differs from what `seal_group` wrote, or it is longer than `MOST_JSON_BYTES`.
     """
     try:
+        if len(data) > MOST_JSON_BYTES:
+            raise ValueError
         attributes: dict[str, Any] = json.loads(data)["attributes"]
         attributes.pop("digest")
         intact = seal_group(attributes) == data
@@ -59,24 +64,20 @@ def unseal_group(data: bytes, path: Path) -> dict[str, Any]:
     return attributes
 
 
+def read_group(files: Files, folder: str = "") -> bytes:
+    """The `zarr.json` of a folder ("": the root); of one that is too long, as much as tells that it is."""
+    return files.read(f"{folder}/{GROUP}" if folder else GROUP, 0, MOST_JSON_BYTES + 1)
+
+
 def _dump(attributes: dict[str, Any]) -> bytes:
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     return (json.dumps(group, indent=1, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def files_below(folder: Path) -> set[str]:
-    """Every file below a folder, by its path from there; what begins with a dot is being written, and left out."""
-    found: set[str] = set()
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(folder)
-        found.update((below / name).as_posix() for name in files if not name.startswith("."))
-    return found
-
-
 def file_entries(folder: Path) -> FileEntries:
     """Size and digest of every file below a folder, but for the folder's own `zarr.json` that will hold them."""
-    contents = {name: (folder / name).read_bytes() for name in sorted(files_below(folder) - {GROUP})}
+    files = LocalFiles(folder)
+    contents = {name: files.read(name) for name in files.names() if name != GROUP}
     return {name: {"bytes": len(data), "digest": file_digest(data)} for name, data in contents.items()}
 
 
@@ -86,20 +87,30 @@ def are_file_entries(value: Any) -> TypeGuard[FileEntries]:
         isinstance(entry, dict)
         and isinstance(entry.get("bytes"), int)
         and isinstance(entry.get("digest"), str)
+        and name.isprintable()
         and not PurePosixPath(name).is_absolute()
         and ".." not in PurePosixPath(name).parts
         for name, entry in value.items()
     )
 
 
-def file_problems(folder: Path, entries: FileEntries) -> Iterator[Problem]:
-    """Hold files against their entries: size first, then every byte."""
+def file_problems(files: Files, folder: str, entries: FileEntries) -> Iterator[Problem]:
+    """Hold files of a folder ("": the root) against their entries: size first, then every byte."""
+    prefix = f"{folder}/" if folder else ""
     for name, entry in entries.items():
         try:
-            size = (folder / name).stat().st_size
+            size = files.size(prefix + name)
             if size != entry["bytes"]:
                 yield Problem(name, f"holds {size:,} bytes instead of {entry['bytes']:,}")
-            elif file_digest((folder / name).read_bytes()) != entry["digest"]:
+            elif _digest_of(files, prefix + name, size) != entry["digest"]:
                 yield Problem(name, DAMAGED)
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte
             yield Problem(name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+
+
+def _digest_of(files: Files, name: str, size: int) -> str:
+    """`file_digest` of a file that may be larger than memory."""
+    digest = blake2b(digest_size=16)
+    for at in range(0, size, PIECE):
+        digest.update(files.read(name, at, min(at + PIECE, size)))
+    return digest.hexdigest()

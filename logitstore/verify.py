@@ -11,12 +11,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from logitstore.entries import read_root, shard_name, shard_names
+from logitstore.entries import read_entry, read_root, shard_name
 from logitstore.errors import CorruptStoreError
-from logitstore.key import document_key
+from logitstore.files import Files
+from logitstore.index import block_counts, block_hashes
 from logitstore.manifest import Manifest
-from logitstore.sealed import DAMAGED, GROUP, Problem, file_problems, files_below
-from logitstore.zarr_store import Shard
+from logitstore.recipe import DocumentRecord, Recipe
+from logitstore.sealed import DAMAGED, GROUP, Problem, file_problems, read_group, unseal_group
+from logitstore.shard import Shard
+from logitstore.store import files_of, is_lmdb_store
+from logitstore.stored_index import FOLDER, read_index
+
+STRAY = "is not part of the store"
 
 
 @dataclass(frozen=True)
@@ -30,83 +36,135 @@ class VerifyReport:
 
 
 def verify(path: Path, *, quiet: bool = False) -> VerifyReport:
-    """Check all of a store.
+    """Check all of a store in a folder, a zip file or an LMDB file.
 
-    A store is good when each file has the digest that its shard's entry (or the root) names, no file is there that
-    nobody names, each document's key is the hash of its tokens, and each record decodes.
+    A store is good when each file has the digest that its shard's entry (or the root, or the index) names, no file is
+    there that nobody names, each document's key is the hash of its tokens, and each record decodes.
 
     Raises:
         StoreNotFoundError, StoreFormatError: there is nothing here to verify.
     """
+    if is_lmdb_store(path):
+        from logitstore.lmdb_verify import verify_lmdb
+
+        return verify_lmdb(path, quiet=quiet)
+    files = files_of(path)
     problems: list[Problem] = []
     documents, positions = 0, 0
     manifest: Manifest | None = None
-    files = files_below(path)
-    shards: dict[str, set[str]] = {name: set() for name in shard_names(path)}
-    for file in files:
+    there = files.names()
+    shards: dict[str, set[str]] = {name: set() for name in files.folders("shards")}
+    for file in there:
         match file.split("/"):
             case ["shards", name, _, *_]:
                 shards[name].add(file)
     try:
-        root = read_root(path)
+        root = read_root(files, path)
         manifest = root.manifest
-        problems += file_problems(path, root.files)
-        problems += _strays(files.difference(*shards.values()), {GROUP, *root.files})
+        problems += file_problems(files, "", root.files)
+        indexed, found = _index_problems(files, path, set(shards))
+        problems += found
+        measured = f"fidelity/{GROUP}"
+        problems += _fidelity_problems(files, measured)
+        problems += _strays(set(there).difference(*shards.values()), {GROUP, *root.files, *indexed, measured})
     except CorruptStoreError:
         problems.append(Problem(GROUP, DAMAGED))
 
     for name in tqdm(sorted(shards), desc="verify", unit="shard", delay=1, disable=quiet):
         prefix = f"shards/{name}"
         try:
-            shard = Shard(path / prefix, manifest.recipe.record_width if manifest else 0)
+            entry = read_entry(files, prefix)
         except CorruptStoreError:
             problems.append(Problem(f"{prefix}/{GROUP}", DAMAGED))
             continue
-        listed = {f"{prefix}/{file}" for file in (*shard.entry.files, GROUP)}
+        listed = {f"{prefix}/{file}" for file in (*entry.files, GROUP)}
         broken = [*_strays(shards[name], listed)]
-        broken += (Problem(f"{prefix}/{p.file}", p.fault) for p in file_problems(shard.path, shard.entry.files))
+        broken += (Problem(f"{prefix}/{p.file}", p.fault) for p in file_problems(files, prefix, entry.files))
         problems += broken
         if manifest and not broken:
-            problems += _content_problems(shard, manifest, prefix)
-        documents += shard.entry.documents
-        positions += shard.entry.positions
-    return VerifyReport(len(files), documents, positions, problems)
+            problems += _content_problems(Shard(files, name, manifest.recipe), manifest)
+        documents += entry.documents
+        positions += entry.positions
+    return VerifyReport(len(there), documents, positions, problems)
+
+
+def _index_problems(files: Files, path: Path, shards: set[str]) -> tuple[set[str], list[Problem]]:
+    """The files of the index, and what is wrong with it; a shard that only the index knows has been taken away."""
+    mine = {f"{FOLDER}/{name}" for name in files.names(FOLDER)}
+    if not mine:
+        return set(), []
+    try:
+        index = read_index(files, path)
+    except CorruptStoreError:
+        return mine, [Problem(f"{FOLDER}/{GROUP}", DAMAGED)]
+    if index is None:
+        return set(), []  # files of what is no index
+    problems = [Problem(f"{FOLDER}/{p.file}", p.fault) for p in file_problems(files, FOLDER, index.files)]
+    problems += [
+        Problem(f"shards/{name}", "is gone; the index knows it") for name in index.shards if name not in shards
+    ]
+    return {f"{FOLDER}/{name}" for name in (*index.files, GROUP)}, problems
+
+
+def _fidelity_problems(files: Files, name: str) -> Iterator[Problem]:
+    try:
+        unseal_group(read_group(files, "fidelity"), name)
+    except FileNotFoundError:
+        return
+    except (CorruptStoreError, OSError):
+        yield Problem(name, DAMAGED)
 
 
 def _strays(found: set[str], expected: set[str]) -> Iterator[Problem]:
     for name in sorted(found - expected):
-        yield Problem(name, "is not part of the store")
+        yield Problem(name, STRAY)
 
 
-def _content_problems(shard: Shard, manifest: Manifest, prefix: str) -> Iterator[Problem]:
+def _content_problems(shard: Shard, manifest: Manifest) -> Iterator[Problem]:
     """Whether the bytes that were written make sense: a fault here is the builder's, not the disk's."""
     if shard.entry.fingerprint != manifest.fingerprint:
-        yield Problem(f"{prefix}/{GROUP}", "belongs to another store")
+        yield Problem(f"{shard.where}/{GROUP}", "belongs to another store")
         return
     try:
-        token_ids, records = shard.values("token_ids"), shard.values("records")
-        keys, lengths = shard.keys, np.diff(shard.ends, prepend=0)
+        keys, lengths, blocks = shard.keys, shard.lengths, shard.blocks
+        yield from shard.array_problems()
     except CorruptStoreError as error:
-        yield Problem(f"{prefix}/{GROUP}", f"does not fit its arrays: {error}")
+        yield Problem(f"{shard.where}/{GROUP}", f"does not fit its arrays: {error}")
         return
-    if shard_name(keys.tobytes()) != shard.path.name:
-        yield Problem(f"{prefix}/keys", "the shard's name is not the hash of its keys")
-    if lengths.sum() != len(token_ids) or (lengths < 2).any():
-        yield Problem(f"{prefix}/ends", "the documents' lengths are not those of the tokens")
-        return
-    if token_ids.max(initial=0) >= manifest.recipe.vocab_size:
-        yield Problem(f"{prefix}/token_ids", f"token {token_ids.max()} of {manifest.recipe.vocab_size:,}")
-        return
+    if shard_name(keys.tobytes()) != shard.name:
+        yield Problem(f"{shard.where}/documents", "the shard's name is not the hash of its keys")
+    block_ends = np.cumsum(block_counts(lengths))
     for document, key in enumerate(keys):
-        if document_key(token_ids[shard.token_span(document)]) != key.tobytes():
-            yield Problem(f"{prefix}/keys", f"the key of document {document} is not the hash of its tokens")
         try:
-            targets = manifest.recipe.read(records[shard.record_span(document)])
-        except ValueError as error:
-            yield Problem(f"{prefix}/records", f"document {document} does not decode: {error}")
-            continue
-        if not (np.isfinite(targets.weights).all() and (targets.weights.sum(axis=1) < 1 + 1e-3).all()):
-            yield Problem(f"{prefix}/records", f"document {document} has weights that no distribution has")
+            record = shard.document(document)
+            if record.key != key.tobytes():
+                yield Problem(
+                    f"{shard.where}/documents", f"the key of document {document} is not the hash of its tokens"
+                )
+            if record.token_ids.max() >= manifest.recipe.vocab_size or record.token_ids.min() < 0:
+                yield Problem(f"{shard.where}/documents", f"document {document} has a token beyond the vocabulary")
+            expected = block_hashes(record.token_ids)
+            if blocks[block_ends[document] - len(expected) : block_ends[document]].tolist() != expected:
+                yield Problem(f"{shard.where}/blocks", f"document {document} does not begin as they say")
+            yield from _weight_problems(shard, document, record, manifest)
+        except CorruptStoreError as error:
+            yield Problem(f"{shard.where}/{GROUP}", f"document {document} does not decode: {error}")
+
+
+def _weight_problems(shard: Shard, document: int, record: DocumentRecord, manifest: Manifest) -> Iterator[Problem]:
+    if not are_weights(record, manifest.recipe):
+        yield Problem(f"{shard.where}/{GROUP}", f"document {document} has weights that no distribution has")
+
+
+def are_weights(record: DocumentRecord, recipe: Recipe) -> bool:
+    """Whether every set of entries of a document has weights that a distribution may have."""
+    most = 1 + 1e-3 if recipe.form.sums_to_one or recipe.form.counts else np.inf
+    for temperature in recipe.temperatures:
+        for replica in range(recipe.replicas):
+            weights = recipe.read(record.records, temperature, replica).weights
+            if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights.sum(axis=1) <= most).all()):
+                return False
+    return True
 
 
 def to_json(report: VerifyReport) -> dict[str, Any]:

@@ -1,133 +1,60 @@
-"""A store as a Zarr v3 hierarchy on disk: the only file that speaks to zarr. FORMAT.md says what lies where.
+"""A store as a Zarr v3 hierarchy: shards that appear by one rename, complete, and an index over them.
 
-A shard appears by one rename, complete; what is being written lives in names that begin with a dot. Opening a store
-holds the shards' keys against their digests; the first look into a shard holds all of its files against theirs.
+What is being written lives in names that begin with a dot. Opening reads the root and the index, or each shard's
+documents where the index does not know it yet.
 """
 
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
-import zarr
-from zarr.codecs import Crc32cCodec, TransposeCodec, ZstdCodec
 
-from logitstore.durable import alone_in, cannot_write, publish
-from logitstore.entries import damaged, read_entry, read_root, shard_name, shard_names
-from logitstore.errors import CorruptStoreError, IncompatibleStoreError
-from logitstore.key import KEY_BYTES, document_key
+from logitstore.catalog import Catalog
+from logitstore.chunks import unpack
+from logitstore.codec import Codes
+from logitstore.durable import alone_in, cannot_write, publish, sync
+from logitstore.entries import damaged, read_root, shard_name
+from logitstore.errors import CorruptStoreError, StoreWriteError
+from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord
-from logitstore.sealed import GROUP, file_entries, file_problems, files_below, seal_group
+from logitstore.sealed import GROUP, file_digest, file_entries, file_problems, read_group, seal_group, unseal_group
+from logitstore.shard import Shard, write_shard
+from logitstore.stored_index import FOLDER
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
 
-CHUNK_POSITIONS = 2048
-ZSTD_LEVEL = 9
+if TYPE_CHECKING:
+    from logitstore.journal import ShardWriter
 
-
-class Shard:
-    """One finished shard: keys and lengths in memory, tokens and records read when asked for."""
-
-    def __init__(self, path: Path, record_width: int) -> None:
-        """Read the shard's entry, and no array yet.
-
-        Raises:
-            CorruptStoreError: the entry is missing or damaged.
-        """
-        self.path = path
-        self.entry = read_entry(path)
-        self._record_width = record_width
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._whole_is_checked = False
-
-    @cached_property
-    def keys(self) -> npt.NDArray[np.uint8]:
-        """[D, 16]"""
-        return self.values("keys")
-
-    @cached_property
-    def ends(self) -> npt.NDArray[np.int64]:
-        """[D]; where each document ends in `token_ids`."""
-        return self.values("ends").astype(np.int64)
-
-    def token_span(self, document: int) -> slice:
-        """Where the document's tokens lie in `token_ids`."""
-        return slice(int(self.ends[document - 1]) if document else 0, int(self.ends[document]))
-
-    def record_span(self, document: int) -> slice:
-        """Where the document's rows lie in `records`: every document has one row fewer than tokens."""
-        tokens = self.token_span(document)
-        return slice(tokens.start - document, tokens.stop - document - 1)
-
-    def values(self, name: str, rows: slice = slice(None)) -> npt.NDArray[Any]:
-        """Rows of one array.
-
-        Raises:
-            CorruptStoreError: the bytes are not those that were written.
-        """
-        try:
-            if name not in self._arrays:
-                self._arrays[name] = self._open(name)
-            return np.asarray(self._arrays[name][rows])
-        except CorruptStoreError:
-            raise
-        except Exception as error:  # zarr raises whatever its parsers and codecs raise
-            raise damaged(self.path / name, f"cannot be read ({error})") from error
-
-    def _open(self, name: str) -> zarr.Array[Any]:
-        """Open an array, its shape held against the entry."""
-        self._check("keys" if name == "keys" else None)
-        array = zarr.open_array(self.path / name, mode="r", zarr_format=3)
-        documents, positions = self.entry.documents, self.entry.positions
-        shape, dtype = {
-            "keys": ((documents, KEY_BYTES), "uint8"),
-            "ends": ((documents,), "uint64"),
-            "token_ids": ((positions + documents,), "uint32"),
-            "records": ((positions, self._record_width), "uint8"),
-        }[name]
-        if array.shape != shape or array.dtype != dtype:
-            raise ValueError(f"{array.dtype} {array.shape} instead of {dtype} {shape}")
-        return array
-
-    def _check(self, name: str | None) -> None:
-        """Hold files against their digests: those of one array, or, once, all of the shard."""
-        if self._whole_is_checked:
-            return
-        below = f"{name}/" if name else ""
-        files = {file: entry for file, entry in self.entry.files.items() if file.startswith(below)}
-        for problem in file_problems(self.path, files):
-            raise damaged(self.path / problem.file, problem.fault)
-        if files.keys() != {file for file in files_below(self.path) - {GROUP} if file.startswith(below)}:
-            raise ValueError("its files are not those that the shard's entry names")
-        self._whole_is_checked = name is None
+VOCABULARY_BYTES = 1 << 28
+VOCABULARY_LEVEL = 19
 
 
 class ZarrStore:
-    """A store in a directory. Open it with `logitstore.open_store`."""
+    """A store in a folder, a zip file or behind a URL. Open it with `logitstore.open_store`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, files: Files, path: Path | str) -> None:
         """Open a store.
 
         Raises:
-            StoreNotFoundError, StoreFormatError, CorruptStoreError: as their names say.
+            StoreFormatError, CorruptStoreError: as their names say.
             IncompatibleStoreError: it holds a shard of another store.
         """
         self.path = path
-        self.root = read_root(path)
-        for problem in file_problems(path, self.root.files):
+        self.files = files
+        self.root = read_root(files, path)
+        for problem in file_problems(files, "", self.root.files):
             raise CorruptStoreError(
-                f"{path / problem.file}: {problem.fault}; restore the file, or build the store again"
+                f"{path}/{problem.file}: {problem.fault}; restore the file, or build the store again"
             )
         self.manifest = self.root.manifest
-        self.shards: dict[str, Shard] = {}
-        self._places: list[tuple[Shard, int]] = []
-        self._numbers: dict[bytes, int] = {}
-        self.refresh()
+        self.catalog = Catalog(files, path, self.manifest)
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest, vocabulary: Vocabulary) -> "ZarrStore":
@@ -154,7 +81,7 @@ class ZarrStore:
                         shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
             raise cannot_write(path, error) from error
-        return cls(path)
+        return cls(LocalFiles(path), path)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -164,86 +91,195 @@ class ZarrStore:
             CorruptStoreError: the bytes are not those that were written.
         """
         try:
-            data, lengths = (
-                np.asarray(zarr.open_array(self.path / "vocabulary" / name, mode="r", zarr_format=3)[:])
-                for name in ("bytes", "lengths")
-            )
-        except Exception as error:
-            raise damaged(self.path / "vocabulary", f"cannot be read ({error})") from error
-        ends = np.cumsum(lengths).tolist()
-        tokens = (data[start:end].tobytes() for start, end in zip([0, *ends[:-1]], ends, strict=True))
+            size = 4 * self.manifest.tokenizer.size
+            lengths = unpack(self.files.read("vocabulary/lengths/c/0"), size).view("<u4")
+            ends = np.cumsum(lengths, dtype=np.uint64)
+            total = int(ends[-1]) if len(ends) else 0
+            if total > VOCABULARY_BYTES:
+                raise ValueError(f"tokens of {total:,} bytes")
+            data = unpack(self.files.read("vocabulary/bytes/c/0"), total).tobytes() if total else b""
+        except (OSError, ValueError) as error:
+            raise damaged(f"{self.path}/vocabulary", f"cannot be read ({error})") from error
+        tokens = (data[start:end] for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
         return Vocabulary(tuple(tokens), self.root.special_ids, self.root.bos_id, self.root.eos_id)
 
     def refresh(self) -> None:
         """See the shards that were finished since the store was opened.
 
         Raises:
-            CorruptStoreError: a shard's entry or keys are not what was written.
+            CorruptStoreError: the index, a shard's entry or its documents are not what was written.
             IncompatibleStoreError: a shard belongs to another store.
         """
-        for name in shard_names(self.path):
-            if name in self.shards:
-                continue
-            shard = Shard(self.path / "shards" / name, self.manifest.recipe.record_width)
-            if shard.entry.fingerprint != self.manifest.fingerprint:
-                raise IncompatibleStoreError(
-                    f"{shard.path} was built as part of store {shard.entry.fingerprint}, this one is "
-                    f"{self.manifest.fingerprint}; move that folder out of {self.path}"
-                )
-            for document, key in enumerate(shard.keys):
-                if key.tobytes() not in self._numbers:
-                    self._numbers[key.tobytes()] = len(self._places)
-                    self._places.append((shard, document))
-            self.shards[name] = shard
+        self.catalog.refresh()
+
+    @property
+    def shard_names(self) -> list[str]:
+        """The shards, in the order in which documents are numbered."""
+        return self.catalog.names
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards there are."""
+        return len(self.shard_names)
+
+    def shard(self, name: str) -> Shard:
+        """One shard by its name; see `Catalog.shard`."""
+        return self.catalog.shard(name)
 
     def __len__(self) -> int:
         """How many documents the store holds."""
-        return len(self._places)
+        return len(self.catalog)
 
     def __contains__(self, key: object) -> bool:
         """Whether a document with this key (`logitstore.key.document_key`) is there; reads no values."""
-        return key in self._numbers
+        return isinstance(key, bytes) and self.catalog.number_of(key) is not None
 
     @property
     def positions(self) -> int:
         """How many positions the store holds."""
-        return sum(shard.entry.positions for shard in self.shards.values())
+        return self.catalog.positions
 
     @property
     def disk_bytes(self) -> int:
         """Size of every file that is part of the store, metadata included."""
-        return sum((self.path / name).stat().st_size for name in files_below(self.path))
+        return sum(self.plane_bytes().values())
 
-    def get(self, token_ids: npt.ArrayLike) -> SparseTargets | None:
-        """Look a document up by its token ids [L]; None is a miss.
+    def digest(self) -> str:
+        """See `contract.Store`: a hash over the fingerprint and each shard's seal, which is one over its files.
 
         Raises:
+            CorruptStoreError: a shard's entry is missing.
+        """
+        try:
+            seals = (self.files.read(f"shards/{name}/{GROUP}") for name in sorted(self.shard_names))
+            return file_digest("\n".join([self.manifest.fingerprint, *map(file_digest, seals)]).encode())
+        except OSError as error:
+            raise damaged(f"{self.path}/shards", f"cannot be read ({error})") from error
+
+    def plane_bytes(self) -> dict[str, int]:
+        """The same for each kind of array, and for metadata."""
+        planes: dict[str, int] = {}
+        for name in self._names():
+            parts = name.split("/")
+            plane = (
+                "metadata" if parts[-1] == GROUP else parts[2] if len(parts) > 2 and parts[0] == "shards" else parts[0]
+            )
+            planes[plane] = planes.get(plane, 0) + self.files.size(name)
+        return planes
+
+    def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
+        """Look a document up by its token ids [L]; None is a miss.
+
+        A document that begins as a stored one, for at least 32 tokens, is answered as far as they agree: wholly where
+        it is cut shorter, else at fewer positions than L - 1.
+
+        Args:
+            temperature: by default the store's first.
+            replica: which of several draws, counted modulo how many there are.
+
+        Raises:
+            ConfigError: the store does not serve this temperature.
             CorruptStoreError: the bytes are not those that were written.
             ValueError: no row of token ids.
         """
-        number = self._numbers.get(document_key(np.asarray(token_ids)))
-        return None if number is None else self._read(*self._places[number])
+        place = self.catalog.locate(np.asarray(token_ids))
+        return None if place is None else self._read(*place, temperature, replica)
 
-    def document(self, number: int) -> tuple[npt.NDArray[np.int32], SparseTargets]:
+    def codes(
+        self, documents: Sequence[npt.NDArray[np.integer]], temperature: float | None = None, replica: int = 0
+    ) -> list[Codes | None]:
+        """See `contract.Store`. Documents of one shard are read together."""
+        number = self.manifest.recipe.set_number(temperature, replica)
+        answers: list[Codes | None] = [None] * len(documents)
+        by_shard: dict[str, list[tuple[int, tuple[int, int]]]] = {}
+        for i, token_ids in enumerate(documents):
+            place = self.catalog.locate(token_ids)
+            if place is not None:
+                shard, document, count = place
+                start, _ = shard.span(document)
+                by_shard.setdefault(shard.name, []).append((i, (start, start + count)))
+        for name, asked in by_shard.items():
+            found = self.shard(name).codes(number, [span for _, span in asked])
+            at = 0
+            for i, (start, stop) in asked:
+                answers[i] = found.rows(slice(at, at + stop - start))
+                at += stop - start
+        return answers
+
+    def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
+        """How many positions of a document `get` would answer; reads no values."""
+        place = self.catalog.locate(token_ids)
+        return 0 if place is None else place[2]
+
+    def document(
+        self, number: int, temperature: float | None = None, replica: int = 0
+    ) -> tuple[npt.NDArray[np.int32], SparseTargets]:
         """The token ids and targets of the N-th document, in the store's own order from 0.
+
+        Raises:
+            IndexError: there are fewer documents.
+            ConfigError, CorruptStoreError: as for `get`.
+        """
+        shard, document = self.catalog.place(self.catalog.unhidden(number))
+        count = int(shard.lengths[document]) - 1
+        return shard.token_ids(document), self._read(shard, document, count, temperature, replica)
+
+    def token_ids(self, number: int) -> npt.NDArray[np.int32]:
+        """The token ids of the N-th document; see `contract.Store`."""
+        shard, document = self.catalog.place(self.catalog.unhidden(number))
+        return shard.token_ids(document)
+
+    def record(self, number: int) -> DocumentRecord:
+        """The token ids and records of the N-th document, as a teacher gave them.
 
         Raises:
             IndexError: there are fewer documents.
             CorruptStoreError: the bytes are not those that were written.
         """
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        shard, document = self._places[number]
-        return shard.values("token_ids", shard.token_span(document)).astype(np.int32), self._read(shard, document)
+        shard, document = self.catalog.place(self.catalog.unhidden(number))
+        return shard.document(document)
 
-    def _read(self, shard: Shard, document: int) -> SparseTargets:
-        records = shard.values("records", shard.record_span(document))
+    @property
+    def fidelity(self) -> dict[str, Any] | None:
+        """See `contract.Store`.
+
+        Raises:
+            CorruptStoreError: its bytes are not those that were written.
+        """
+        name = f"fidelity/{GROUP}"
         try:
-            return self.manifest.recipe.read(records)
-        except ValueError as error:
-            raise damaged(shard.path / "records", f"document {document} does not decode ({error})") from error
+            return unseal_group(read_group(self.files, "fidelity"), f"{self.path}/{name}")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise damaged(f"{self.path}/{name}", f"cannot be read ({error})") from error
 
-    def write_shard(self, documents: Sequence[DocumentRecord], writer: str = "") -> None:
+    def save_fidelity(self, fidelity: dict[str, Any]) -> None:
+        """See `contract.Store`."""
+        final = self.folder / "fidelity" / GROUP
+        partial = final.with_name(f".partial-{uuid4().hex}")
+        try:
+            final.parent.mkdir(exist_ok=True)
+            try:
+                partial.write_bytes(seal_group(fidelity))
+                sync(partial)
+                partial.rename(final)
+                sync(final.parent)
+                sync(self.folder)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        if isinstance(self.files, LocalFiles):
+            self.files.close()  # the handle of what was there before
+
+    def writer(self, name: str) -> "ShardWriter":
+        """See `contract.Store`."""
+        from logitstore.journal import ShardWriter
+
+        return ShardWriter(self, name)
+
+    def write_documents(self, documents: Sequence[DocumentRecord], writer: str = "") -> None:
         """Add documents as one shard: complete, or not there at all.
 
         Args:
@@ -253,41 +289,97 @@ class ZarrStore:
         Raises:
             StoreWriteError: full disk or no permission.
         """
-        keys = b"".join(document.key for document in documents)
-        folder = self.path / "shards"
+        folder = self.folder / "shards"
         partial = folder / f".partial-{writer}"
-        lengths = [len(document.token_ids) for document in documents]
         try:
             try:
                 if partial.exists():
                     shutil.rmtree(partial)
                 partial.mkdir()
-                _write_array(partial, "keys", np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES))
-                _write_array(partial, "ends", np.cumsum(lengths, dtype=np.uint64))
-                _write_array(partial, "token_ids", np.concatenate([d.token_ids for d in documents]).astype(np.uint32))
-                _write_array(partial, "records", np.concatenate([d.records for d in documents]))
+                write_shard(partial, documents, self.manifest.recipe)
                 entry = {
                     "documents": len(documents),
-                    "positions": sum(lengths) - len(documents),
+                    "positions": sum(len(document.records) for document in documents),
                     "fingerprint": self.manifest.fingerprint,
                     "files": file_entries(partial),
                 }
                 (partial / GROUP).write_bytes(seal_group(entry))
-                publish(partial, folder / shard_name(keys))
+                publish(partial, folder / shard_name(b"".join(document.key for document in documents)))
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise cannot_write(self.folder, error) from error
         self.refresh()
+
+    def save_index(self) -> None:
+        """Write the index of all shards, where it is not there already.
+
+        Raises:
+            StoreWriteError: full disk or no permission.
+        """
+        folder = self.folder
+        partial, old = (folder / f".partial-{name}-{uuid4().hex}" for name in ("index", "old"))
+        try:
+            with alone_in(folder) as alone:
+                if alone:
+                    for left in folder.glob(".partial-*"):
+                        shutil.rmtree(left)
+                self.refresh()  # after the wait: another may have finished shards
+                names = sorted(self.shard_names)
+                if not names or (self.catalog.index is not None and self.catalog.index.shards == names):
+                    return
+                partial.mkdir()
+                try:
+                    self.catalog.write_index(partial, names)
+                    if (folder / FOLDER).exists():
+                        (folder / FOLDER).rename(old)
+                    publish(partial, folder / FOLDER)
+                finally:
+                    for left in (partial, old):
+                        shutil.rmtree(left, ignore_errors=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        self.catalog.forget_index()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that can be written into.
+
+        Raises:
+            StoreWriteError: there is none.
+        """
+        if not isinstance(self.files, LocalFiles):
+            raise StoreWriteError(f"{self.path} can only be read; type a folder, as in --out store.zarr")
+        return self.files.root
+
+    def _names(self) -> list[str]:
+        """Every file that is part of the store."""
+        try:
+            return self.files.names()
+        except CannotList:
+            groups = {"": self.root.files, **({FOLDER: self.catalog.index.files} if self.catalog.index else {})}
+            groups |= {f"shards/{name}": self.shard(name).entry.files for name in self.shard_names}
+            return [f"{folder}/{name}".lstrip("/") for folder, files in groups.items() for name in (GROUP, *files)]
+
+    def _read(self, shard: Shard, document: int, count: int, temperature: float | None, replica: int) -> SparseTargets:
+        recipe = self.manifest.recipe
+        start, _ = shard.span(document)
+        codes = shard.codes(recipe.set_number(temperature, replica), [(start, start + count)])
+        position, _ = shard.positions(start, start + count)
+        return recipe.read_codes(codes, position, temperature)
 
 
 def _write_root(path: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
+    from logitstore.zarr_arrays import write_array
+
     (path / "shards").mkdir(parents=True)
     (path / "shards" / GROUP).write_bytes(seal_group({}))
     (path / "vocabulary").mkdir()
     (path / "vocabulary" / GROUP).write_bytes(seal_group({}))
-    _write_array(path / "vocabulary", "bytes", np.frombuffer(b"".join(vocabulary.tokens), np.uint8))
-    _write_array(path / "vocabulary", "lengths", np.array([len(token) for token in vocabulary.tokens], np.uint32))
+    data = np.frombuffer(b"".join(vocabulary.tokens), np.uint8)
+    write_array(path / "vocabulary", "bytes", data, level=VOCABULARY_LEVEL)
+    lengths = np.array([len(token) for token in vocabulary.tokens], np.uint32)
+    write_array(path / "vocabulary", "lengths", lengths, level=VOCABULARY_LEVEL)
     root = {
         "logitstore": manifest.to_json(),
         "special_ids": sorted(vocabulary.special_ids),
@@ -296,23 +388,3 @@ def _write_root(path: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
         "files": file_entries(path),
     }
     (path / GROUP).write_bytes(seal_group(root))
-
-
-def _write_array(group: Path, name: str, data: npt.NDArray[Any]) -> None:
-    """Write one array as a single file of chunks, each with its own checksum."""
-    rows = min(CHUNK_POSITIONS, max(len(data), 1))
-    array = zarr.create_array(
-        store=str(group),
-        name=name,
-        shape=data.shape,
-        chunks=(rows, *data.shape[1:]),
-        shards=(-(-max(len(data), 1) // rows) * rows, *data.shape[1:]),
-        dtype=data.dtype,
-        # A chunk that is lost after it was checked reads as what no encoder writes, not as zeros.
-        fill_value=np.iinfo(data.dtype).max,
-        filters=[TransposeCodec(order=(1, 0))] if data.ndim == 2 else [],
-        compressors=[ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()],
-        config={"write_empty_chunks": True},
-        zarr_format=3,
-    )
-    array[:] = data

@@ -1,10 +1,14 @@
 """Small stores made without a teacher: random logits through the recipe. No MLX."""
 
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.files import LocalFiles
 from logitstore.manifest import Manifest, TeacherIdentity, TokenizerIdentity
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.selection import Selection
@@ -15,31 +19,58 @@ VOCAB = 300
 VOCABULARY = Vocabulary(tuple(b"<%d>" % i for i in range(VOCAB)), frozenset({0, 1}), None, 1)
 
 
-def manifest(select: str = "threshold:4", *, weights_digest: str = "a" * 32, seed: int = 0) -> Manifest:
+def manifest(
+    select: str = "threshold:4",
+    *,
+    weights_digest: str = "a" * 32,
+    seed: int = 0,
+    vocab_size: int = VOCAB,
+    **recipe: Any,
+) -> Manifest:
     teacher = TeacherIdentity("tiny", weights_digest, "c" * 32, None, None, "float32")
     tokenizer = TokenizerIdentity(VOCABULARY.fingerprint(), VOCAB, None)
-    return Manifest(teacher, tokenizer, Recipe(Selection.parse(select), 1.0, seed, VOCAB))
+    usual: dict[str, Any] = {"temperatures": (1.0,), "seed": seed, "vocab_size": vocab_size}
+    return Manifest(teacher, tokenizer, Recipe(Selection.parse(select), **usual | recipe))
 
 
-def tokens(seed: int, length: int) -> npt.NDArray[np.int32]:
-    return np.random.default_rng(seed).integers(0, VOCAB, length).astype(np.int32)
+def tokens(seed: int, length: int, vocab_size: int = VOCAB) -> npt.NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(0, vocab_size, length).astype(np.int32)
 
 
 def records(lengths: list[int], seed: int = 0, recipe: Recipe | None = None) -> list[DocumentRecord]:
     """Documents of these lengths, each with the answers of a teacher that guesses."""
     recipe = recipe or manifest().recipe
     rng = np.random.default_rng(seed)
-    documents = [tokens(100 * seed + i, length) for i, length in enumerate(lengths)]
-    logits = [rng.normal(0, 3, (len(d) - 1, VOCAB)).astype(np.float32) for d in documents]
-    return [DocumentRecord(d, recipe.record(d, z)) for d, z in zip(documents, logits, strict=True)]
+    documents = [tokens(100 * seed + i, length, recipe.vocab_size) for i, length in enumerate(lengths)]
+    return [guessed(d, recipe, rng) for d in documents]
+
+
+def guessed(token_ids: npt.NDArray[np.int32], recipe: Recipe, rng: np.random.Generator) -> DocumentRecord:
+    logits = rng.normal(0, 3, (len(token_ids) - 1, recipe.vocab_size)).astype(np.float32)
+    return DocumentRecord(token_ids, recipe.record(token_ids, logits))
 
 
 def small_store(path: Path, shards: int = 2, lengths: tuple[int, ...] = (7, 2, 30)) -> ZarrStore:
     """A store of some shards, each of documents of these lengths."""
-    store = ZarrStore.create(path, manifest(), VOCABULARY)
-    for seed in range(shards):
-        store.write_shard(records(list(lengths), seed))
-    return store
+    for name, data in small_contents(shards, tuple(lengths)).items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return ZarrStore(LocalFiles(path), path)
+
+
+@cache
+def small_contents(shards: int, lengths: tuple[int, ...]) -> dict[str, bytes]:
+    """Its files, made once."""
+    with TemporaryDirectory() as folder:
+        store = ZarrStore.create(Path(folder) / "s", manifest(), VOCABULARY)
+        for seed in range(shards):
+            store.write_documents(records(list(lengths), seed))
+        return contents(store.folder)
+
+
+def shard_folder(store: ZarrStore, number: int = 0) -> Path:
+    """Where one of the store's shards lies."""
+    return store.folder / "shards" / sorted(store.shard_names)[number]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

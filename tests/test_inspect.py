@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ TOKENS = np.array([5, 6, 7], np.int32)
 
 def one_document(path: Path, vocabulary: Vocabulary, probs: dict[int, float]) -> ZarrStore:
     made = manifest("top-k:3")
+    made = replace(made, tokenizer=replace(made.tokenizer, size=len(vocabulary)))
     store = ZarrStore.create(path, made, vocabulary)
     logits = np.full((2, VOCAB), -30.0, np.float32)
     for token, p in probs.items():
         logits[:, token] = np.log(p)
-    store.write_shard([DocumentRecord(TOKENS, made.recipe.record(TOKENS, logits))])
+    store.write_documents([DocumentRecord(TOKENS, made.recipe.record(TOKENS, logits))])
     return store
 
 

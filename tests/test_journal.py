@@ -129,8 +129,8 @@ HOLD = """
 import sys
 from pathlib import Path
 from logitstore.journal import ShardWriter
-from logitstore.zarr_store import ZarrStore
-with ShardWriter(ZarrStore(Path(sys.argv[1])), "build"):
+from logitstore.store import open_store
+with ShardWriter(open_store(Path(sys.argv[1])), "build"):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -154,11 +154,11 @@ import json, resource, signal, sys
 from pathlib import Path
 from logitstore.errors import StoreWriteError
 from logitstore.journal import ShardWriter
-from logitstore.zarr_store import ZarrStore
+from logitstore.store import open_store
 from tests.stores import records
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with ShardWriter(ZarrStore(Path(sys.argv[1])), "build") as writer:
+with ShardWriter(open_store(Path(sys.argv[1])), "build") as writer:
     writer.append(records([4, 3], seed=1))
     size = writer.path.stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, -1))
@@ -226,4 +226,4 @@ def test_two_writers_of_the_same_documents_store_them_once(store: ZarrStore) -> 
         one.commit(KEYS[0])
         other.commit(KEYS[0] + KEYS[1])
     found = open_store(store.path)
-    assert len(found) == 3 and sum(len(shard.keys) for shard in found.shards.values()) == 3
+    assert len(found) == 3 and sum(len(found.shard(name).keys) for name in found.shard_names) == 3

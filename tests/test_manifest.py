@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -22,8 +23,12 @@ DIFFERENCES = [
     (changed(vocab_size=301), "LM head width", "type --teacher"),
     (changed(selection=Selection("top-k", 16)), "selection", "type --select threshold:16"),
     (changed(selection=Selection("threshold", 8)), "selection", "type --select threshold:16"),
-    (changed(temperature=2.0), "temperature", "type --temperature 1.0"),
-    (changed(temperature=1.0000001), "temperature", "type --temperature 1.0"),
+    (changed(temperatures=(2.0,)), "temperature", "type --temperature 1.0"),
+    (changed(temperatures=(1.0000001,)), "temperature", "type --temperature 1.0"),
+    (changed(temperatures=(1.0, 2.0)), "temperature", "type --temperature 1.0"),
+    (changed(replicas=2), "replicas", "type --replicas 1"),
+    (changed(tail_log_probs=True), "tail log-probs", "leave --tail-log-probs out"),
+    (changed(log_z=(1.0, 2.0)), "log Z", "leave --log-z out"),
     (changed(seed=7), "seed", "type --seed 0"),
 ]
 
@@ -48,11 +53,13 @@ def test_names_and_the_type_the_teacher_computed_in_do_not_count() -> None:
 
 
 def test_a_temperature_of_one_is_one_however_it_is_written() -> None:
-    assert changed(temperature=1).fingerprint == BASE.fingerprint
+    assert changed(temperatures=(1,)).fingerprint == BASE.fingerprint
 
 
 def test_a_manifest_comes_back_from_json() -> None:
-    assert Manifest.from_json(BASE.to_json(), "x") == BASE
+    whole = changed(temperatures=(1.0, 2.5), replicas=3, tail_log_probs=True, log_z=(1.0, 4.0), seed=1 << 63)
+    for made in (BASE, whole):
+        assert Manifest.from_json(json.loads(json.dumps(made.to_json())), "x") == made
 
 
 def test_a_newer_format_is_refused_by_name() -> None:

@@ -3,7 +3,17 @@ from pathlib import Path
 import pytest
 
 from logitstore.errors import CorruptStoreError
-from logitstore.sealed import are_file_entries, file_entries, file_problems, files_below, seal_group, unseal_group
+from logitstore.files import LocalFiles
+from logitstore.sealed import (
+    GROUP,
+    MOST_JSON_BYTES,
+    are_file_entries,
+    file_entries,
+    file_problems,
+    read_group,
+    seal_group,
+    unseal_group,
+)
 
 GOLDEN = b"""{
  "attributes": {
@@ -48,7 +58,7 @@ def test_files_are_named_with_size_and_digest_but_for_hidden_ones_and_the_group_
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
     entries = file_entries(tmp_path)
-    assert set(entries) == {"a/c", "a/zarr.json"} and files_below(tmp_path) == {"zarr.json", *entries}
+    assert set(entries) == {"a/c", "a/zarr.json"} and set(LocalFiles(tmp_path).names()) == {"zarr.json", *entries}
     assert entries["a/c"] == {"bytes": 3, "digest": "cf4ab791c62b8d2b2109c90275287816"}  # b2sum -l 128
 
 
@@ -59,7 +69,9 @@ def test_a_file_that_changed_grew_or_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "changed").write_bytes(b"Changed")
     (tmp_path / "grown").write_bytes(b"grown ")
     (tmp_path / "gone").unlink()
-    problems = {problem.file: problem.fault for problem in file_problems(tmp_path, entries)}
+    problems = {
+        problem.file: problem.fault for problem in file_problems(LocalFiles(tmp_path.parent), tmp_path.name, entries)
+    }
     assert set(problems) == {"changed", "grown", "gone"}
     assert problems["grown"] == "holds 6 bytes instead of 5" and "No such file" in problems["gone"]
 
@@ -78,3 +90,17 @@ def test_a_file_that_changed_grew_or_is_gone_is_named(tmp_path: Path) -> None:
 )
 def test_what_is_no_list_of_files_is_not_taken_for_one(value: object) -> None:
     assert not are_file_entries(value)
+
+
+@pytest.mark.parametrize(
+    "data", [b"[" * 100_000, b'{"attributes":' * 100_000, b'{"attributes": {"x": "' + b"x" * (100 << 20) + b'"}}']
+)
+def test_a_group_that_is_too_deep_or_too_long_is_refused_in_one_line(data: bytes) -> None:
+    with pytest.raises(CorruptStoreError, match=r"^zarr\.json is damaged[^\n]*$"):
+        unseal_group(data, GROUP)
+
+
+def test_of_a_group_that_is_too_long_no_more_is_read_than_tells_so(tmp_path: Path) -> None:
+    with (tmp_path / GROUP).open("wb") as file:
+        file.truncate(1 << 40)  # of which nothing lies on disk
+    assert len(read_group(LocalFiles(tmp_path))) == MOST_JSON_BYTES + 1

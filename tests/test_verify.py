@@ -1,6 +1,7 @@
 """Damage of any kind is named by `verify`, and never read as numbers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,20 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logitstore.chunks import pack, sharded, unpack
 from logitstore.errors import StoreError, StoreFormatError, StoreNotFoundError
 from logitstore.manifest import Manifest
 from logitstore.sealed import GROUP, file_entries, seal_group
 from logitstore.store import open_store
 from logitstore.verify import to_json, verify
-from tests.stores import contents, records, small_store, tokens
+from logitstore.zarr_store import ZarrStore
+from tests.stores import VOCABULARY, contents, manifest, records, shard_folder, small_store, tokens
 from tests.test_zarr_store import reseal
 
-LENGTHS = (7, 2, 30)
+LENGTHS = (7, 2, 40)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = small_store(tmp_path_factory.mktemp("made") / "s", shards=2, lengths=LENGTHS)
+    store.save_index()
+    store.save_fidelity({"positions": 92})
+    return store.folder
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return small_store(tmp_path / "s", shards=2, lengths=LENGTHS).path
+def store(tmp_path: Path, made: Path) -> Path:
+    shutil.copytree(made, tmp_path / "s")
+    return tmp_path / "s"
 
 
 def bad_files(path: Path) -> set[str]:
@@ -41,9 +53,19 @@ def read_by_key(path: Path) -> None:
             assert store.get(tokens(100 * seed + i, length)) is not None
 
 
+READS = (read_by_number, read_by_key)
+
+
+def answers(path: Path) -> list[bytes]:
+    """Every number that a reader is given, by number and by key."""
+    store = open_store(path)
+    found = [t for n in range(len(store)) for t in (store.document(n)[1], store.get(store.token_ids(n)))]
+    return [getattr(targets, name).tobytes() for targets in found for name in ("ids", "weights", "label_log_prob")]
+
+
 def assert_noticed(path: Path, name: str) -> None:
     assert name in bad_files(path)
-    for read in (read_by_number, read_by_key):
+    for read in READS:
         with pytest.raises(StoreError) as caught:
             read(path)
         assert "\n" not in str(caught.value)
@@ -51,8 +73,8 @@ def assert_noticed(path: Path, name: str) -> None:
 
 def test_a_store_as_it_was_written_is_good(store: Path) -> None:
     report = verify(store, quiet=True)
-    assert (report.files, report.documents, report.positions, report.problems) == (len(contents(store)), 6, 72, [])
-    assert to_json(report) == {"ok": True, "files": report.files, "documents": 6, "positions": 72, "problems": []}
+    assert (report.files, report.documents, report.positions, report.problems) == (len(contents(store)), 6, 92, [])
+    assert to_json(report) == {"ok": True, "files": report.files, "documents": 6, "positions": 92, "problems": []}
     read_by_number(store)
     read_by_key(store)
     assert open_store(store).vocabulary
@@ -60,21 +82,40 @@ def test_a_store_as_it_was_written_is_good(store: Path) -> None:
 
 def test_one_flipped_byte_anywhere_is_named_and_never_read(store: Path) -> None:
     rng = np.random.default_rng(0)
+    expected = answers(store)
     for name, data in contents(store).items():
-        for at in {0, len(data) // 2, len(data) - 1, *rng.integers(0, len(data), 2).tolist()}:
+        for at in {0, len(data) - 1, *rng.integers(0, len(data), 2).tolist()}:
             flipped = bytearray(data)
             flipped[at] ^= 1 << int(rng.integers(8))
             (store / name).write_bytes(flipped)
-            assert bad_files(store) == {name}, (name, at)
-            for read in (read_by_number, read_by_key):
-                with pytest.raises(StoreError):
-                    read(store)
+            assert named(bad_files(store)) == named({name}), (name, at)
+            assert_never_read(store, name, expected)
         (store / name).write_bytes(data)
     assert verify(store, quiet=True).problems == []
 
 
+def named(files: set[str]) -> set[str]:
+    """A damaged index is named as a whole where it is too damaged to say which of its files are."""
+    return {"index" if name.startswith("index/") else name for name in files}
+
+
+def assert_never_read(store: Path, name: str, expected: list[bytes]) -> None:
+    """Damage of a shard or the root stops a reader; what no answer comes from may be passed over, never believed."""
+    if name.startswith(("index/", "fidelity/")):
+        try:
+            assert answers(store) == expected
+            assert name.startswith("index") or open_store(store).fidelity is None
+        except StoreError as error:
+            assert "\n" not in str(error)
+        return
+    for read in READS:
+        with pytest.raises(StoreError):
+            read(store)
+
+
 @pytest.mark.parametrize("damage", ["emptied", "deleted", "one byte shorter", "one byte longer"])
 def test_a_file_that_was_cut_grown_or_lost_is_named_and_never_read(store: Path, damage: str) -> None:
+    expected = answers(store)
     for name, data in contents(store).items():
         if damage == "deleted":
             (store / name).unlink()
@@ -82,11 +123,13 @@ def test_a_file_that_was_cut_grown_or_lost_is_named_and_never_read(store: Path, 
             (store / name).write_bytes(
                 {"e": b"", "s": data[:-1], "l": data + b"\0"}[damage.removeprefix("one byte ")[0]]
             )
-        assert_noticed(store, name)
+        gone = damage == "deleted" and name in (f"fidelity/{GROUP}", f"index/{GROUP}")  # then there is none
+        assert named({name}) <= named(bad_files(store)) or gone, name
+        assert_never_read(store, name, expected)
         (store / name).write_bytes(data)
 
 
-@pytest.mark.parametrize("array", ["records", "keys", "token_ids"])
+@pytest.mark.parametrize("array", ["documents", "blocks", "ranks", "entries-0", "positions"])
 def test_two_shards_with_an_array_swapped_are_both_named(store: Path, array: str) -> None:
     first, second = sorted((store / "shards").glob("*/"))
     (first / array).rename(store / "kept")
@@ -94,14 +137,22 @@ def test_two_shards_with_an_array_swapped_are_both_named(store: Path, array: str
     (store / "kept").rename(second / array)
     named = {Path(name).parts[1] for name in bad_files(store)}
     assert named == {first.name, second.name}
-    with pytest.raises(StoreError):
-        read_by_number(store)
+    for read in READS:
+        with pytest.raises(StoreError):
+            read(store)
 
 
 def test_what_is_not_part_of_the_store_is_named_and_what_is_being_written_is_not(store: Path) -> None:
     shard = next((store / "shards").glob("*/"))
-    strays = {"x", "shards/x", f"shards/{shard.name}/x", f"shards/{shard.name}/records/c/1/0", "vocabulary/x"}
-    hidden = {".journal-build", "shards/.partial-build/keys/zarr.json", ".DS_Store"}
+    strays = {
+        "x",
+        "shards/x",
+        f"shards/{shard.name}/x",
+        f"shards/{shard.name}/positions/c/1/0",
+        "vocabulary/x",
+        "index/x",
+    }
+    hidden = {".journal-build", "shards/.partial-build/ranks/zarr.json", ".partial-index-1/x", ".DS_Store"}
     for name in strays | hidden:
         (store / name).parent.mkdir(parents=True, exist_ok=True)
         (store / name).touch()
@@ -109,43 +160,69 @@ def test_what_is_not_part_of_the_store_is_named_and_what_is_being_written_is_not
 
 
 def test_every_bad_file_is_named_not_only_the_first(store: Path) -> None:
-    names = [name for name in contents(store) if name.endswith("c/0") or name == GROUP]
+    names = [name for name in contents(store) if name.startswith("shards/") and name != f"shards/{GROUP}"]
     for name in names:
         (store / name).write_bytes(b"x")
-    assert bad_files(store) >= {name for name in names if not name.startswith("vocabulary")} and len(names) > 4
+    assert bad_files(store) >= {name for name in names if name.count("/") == 2} and len(names) > 16
+    for folder in (store / "shards").glob("*/"):
+        reseal_whole(folder, documents=3, positions=36)
+    for name in names:
+        if name.count("/") > 2:
+            (store / name).write_bytes(b"y")
+    assert bad_files(store) == {name for name in names if name.count("/") > 2}
 
 
-def rewrite(shard: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
-    """Damage a shard as its builder might: values changed, digests right."""
-    import zarr
-
-    arrays = {name: zarr.open_array(shard / name, mode="r+") for name in ("keys", "ends", "token_ids", "records")}
-    values = {name: array[:] for name, array in arrays.items()}
-    change(values)
-    for name, array in arrays.items():
-        array[:] = values[name]
-    reseal(shard / GROUP, files=file_entries(shard))
+def reseal_whole(shard: Path, **counts: int) -> None:
+    """Seal a shard anew as one who knows how to, whatever its files hold."""
+    fingerprint = manifest().fingerprint
+    (shard / GROUP).write_bytes(seal_group(counts | {"fingerprint": fingerprint, "files": file_entries(shard)}))
 
 
-@pytest.mark.parametrize(
-    ("array", "rows", "value", "fault"),
-    [
-        ("keys", 0, 7, "the key of document 0 is not the hash of its tokens"),
-        ("keys", 0, 7, "the shard's name is not the hash of its keys"),
-        ("token_ids", 8, 5, "the key of document 1 is not the hash of its tokens"),
-        ("token_ids", 8, 2**31, "token 2147483648 of 300"),
-        ("ends", 0, 8, "the documents' lengths are not those of the tokens"),
-        ("ends", 2, 2**63, "the documents' lengths are not those of the tokens"),
-        ("records", 0, 255, "document 0 does not decode"),
-    ],
-)
-def test_a_builders_own_mistake_is_found_where_every_digest_is_right(
-    store: Path, array: str, rows: int, value: int, fault: str
-) -> None:
-    shard = next((store / "shards").glob("*/"))
-    rewrite(shard, lambda values: values[array].__setitem__(rows, value))
-    faults = [p.fault for p in verify(store, quiet=True).problems]
-    assert any(found.startswith(fault) for found in faults)
+def documents_with(change: Callable[[np.ndarray], None]) -> Callable[[Path], None]:
+    """Change the table of documents [3, 24] of a shard."""
+
+    def rewrite(shard: Path) -> None:
+        file = shard / "documents" / "c" / "0" / "0"
+        table = unpack(file.read_bytes(), 3 * 24).reshape(3, 24).copy()
+        change(table)
+        file.write_bytes(pack([table.reshape(-1)]))
+
+    return rewrite
+
+
+def cell(row: int, column: int, value: int) -> Callable[[Path], None]:
+    return documents_with(lambda table: table.__setitem__((row, column), value))
+
+
+def array_with(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda shard: (shard / name).write_bytes(data) and None
+
+
+ONES = pack([np.ones(2 * 8192, np.uint8)])
+MISTAKES = {
+    "key": (cell(0, 0, 7), "the key of document 0 is not the hash of its tokens"),
+    "name": (cell(0, 0, 7), "the shard's name is not the hash of its keys"),
+    "first token": (cell(1, 20, 5), "the key of document 1 is not the hash of its tokens"),
+    "token beyond": (cell(1, 22, 5), "document 1 has a token beyond the vocabulary"),
+    "length": (cell(0, 16, 8), "does not fit its arrays: .*the documents' lengths are not those of the positions"),
+    "huge length": (cell(2, 19, 128), "does not fit its arrays: .*the documents' lengths are not those of"),
+    "block": (array_with("blocks/c/0", pack([np.ones(8, np.uint8)])), "document 1 does not begin as they say"),
+    "ranks": (array_with("ranks/c/0", pack([np.zeros(8, np.uint8)])), "does not fit its arrays: .*a table of ranks"),
+    "entries": (array_with("entries-0/c/0/0", sharded([ONES])), "document 0 does not decode"),
+    "no entries": (array_with("entries-0/c/0/0", b""), "document 0 does not decode"),
+    "positions": (array_with("positions/c/0/0", sharded([ONES])), "document 0 does not decode"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_builders_own_mistake_is_found_where_every_digest_is_right(tmp_path: Path, mistake: str) -> None:
+    change, fault = MISTAKES[mistake]
+    shard = shard_folder(small_store(tmp_path / "s", shards=1, lengths=(7, 40, 2)))
+    change(shard)
+    reseal_whole(shard, documents=3, positions=46)
+    problems = verify(tmp_path / "s", quiet=True).problems
+    assert any(re.match(fault, problem.fault) for problem in problems), problems
+    assert all("\n" not in problem.fault for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +236,7 @@ def test_a_builders_own_mistake_is_found_where_every_digest_is_right(
         {"fingerprint": "e" * 32},
         {"files": [1]},
         {"files": {}},
-        {"files": {"keys\0": {"bytes": 1, "digest": ""}}},
+        {"files": {"documents/\0": {"bytes": 1, "digest": ""}}},
         {"files": {"x" * 5_000: {"bytes": 1, "digest": ""}}},
         {"extra": 1},
     ],
@@ -177,16 +254,16 @@ def test_a_sealed_entry_of_nonsense_is_named_and_verify_goes_on(store: Path, cha
 @pytest.mark.parametrize("zarr_json", [b"", b"{}", b'{"zarr_format": 3, "node_type": "array"}', b"\xff\xfe", b"3"])
 def test_an_array_of_nonsense_under_a_right_digest_is_named(store: Path, zarr_json: bytes) -> None:
     shard = next((store / "shards").glob("*/"))
-    (shard / "records" / GROUP).write_bytes(zarr_json)
+    (shard / "positions" / GROUP).write_bytes(zarr_json)
     reseal(shard / GROUP, files=file_entries(shard))
-    assert_noticed(store, f"shards/{shard.name}/{GROUP}")
+    assert bad_files(store) == {f"shards/{shard.name}/positions/{GROUP}"}
 
 
 def test_a_lost_folder_of_shards_and_an_empty_shard_are_named(store: Path) -> None:
     (store / "shards" / "empty").mkdir()
     assert_noticed(store, f"shards/empty/{GROUP}")
     shutil.rmtree(store / "shards")
-    assert bad_files(store) == {f"shards/{GROUP}"}
+    assert bad_files(store) >= {f"shards/{GROUP}"}
     with pytest.raises(StoreError, match=r"shards/zarr\.json"):
         open_store(store)
 
@@ -194,18 +271,15 @@ def test_a_lost_folder_of_shards_and_an_empty_shard_are_named(store: Path) -> No
 def test_the_shards_are_looked_at_even_where_the_root_is_damaged(store: Path) -> None:
     shard = next((store / "shards").glob("*/"))
     (store / GROUP).write_bytes(b"")
-    (shard / "keys" / "c" / "0" / "0").write_bytes(b"")
-    assert bad_files(store) == {GROUP, f"shards/{shard.name}/keys/c/0/0"}
+    (shard / "ranks" / "c" / "0").write_bytes(b"")
+    assert bad_files(store) == {GROUP, f"shards/{shard.name}/ranks/c/0"}
 
 
 def test_weights_of_any_selection_are_those_of_a_distribution(tmp_path: Path) -> None:
-    from logitstore.zarr_store import ZarrStore
-    from tests.stores import VOCABULARY, manifest
-
-    for select in ("threshold:1", "threshold:300", "top-k:1", "top-k:300"):
+    for select in ("threshold:1", "threshold:300", "top-k:1", "top-k:300", "top-p:0.5:9", "random:9", "random:9:0.8"):
         made: Manifest = manifest(select)
         store = ZarrStore.create(tmp_path / select, made, VOCABULARY)
-        store.write_shard(records([20, 3], recipe=made.recipe))
+        store.write_documents(records([20, 3], recipe=made.recipe))
         assert verify(store.path, quiet=True).problems == []
 
 

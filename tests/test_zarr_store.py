@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import zarr
 
@@ -22,7 +21,7 @@ from logitstore.key import document_key
 from logitstore.sealed import GROUP, seal_group
 from logitstore.store import open_store
 from logitstore.zarr_store import ZarrStore
-from tests.stores import VOCABULARY, contents, manifest, records, small_store, tokens
+from tests.stores import VOCABULARY, contents, manifest, records, shard_folder, small_store, tokens
 
 
 def reseal(path: Path, **changes: object) -> None:
@@ -56,7 +55,7 @@ def test_a_document_is_found_whatever_its_ids_are_kept_in(tmp_path: Path, form: 
 
 def test_documents_are_numbered_across_shards_and_counted(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=3)
-    assert (len(store), store.positions, len(store.shards)) == (9, 3 * 36, 3)
+    assert (len(store), store.positions, store.shard_count) == (9, 3 * 36, 3)
     lengths = sorted(len(store.document(n)[0]) for n in range(9))
     assert lengths == sorted([7, 2, 30] * 3)
     for number in (-1, 9):
@@ -74,21 +73,21 @@ def test_the_tokens_of_a_document_come_back_with_its_targets(tmp_path: Path) -> 
 
 def test_a_document_that_two_shards_hold_is_one_document(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=1)
-    store.write_shard(records([7, 2]))
-    assert (len(store), len(store.shards)) == (3, 2) and len(open_store(tmp_path / "s")) == 3
+    store.write_documents(records([7, 2]))
+    assert (len(store), store.shard_count) == (3, 2) and len(open_store(tmp_path / "s")) == 3
 
 
 def test_the_same_shard_written_again_changes_nothing(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=1)
     before = contents(tmp_path / "s")
-    store.write_shard(records([7, 2, 30]))
+    store.write_documents(records([7, 2, 30]))
     assert contents(tmp_path / "s") == before
 
 
 def test_an_open_store_sees_the_shards_of_others_after_a_refresh(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=1)
     reader = open_store(tmp_path / "s")
-    store.write_shard(records([5], seed=4))
+    store.write_documents(records([5], seed=4))
     assert len(reader) == 3
     reader.refresh()
     assert len(reader) == 4 and reader.get(tokens(400, 5)) is not None
@@ -98,74 +97,41 @@ def test_the_vocabulary_comes_back(tmp_path: Path) -> None:
     assert small_store(tmp_path / "s").vocabulary == VOCABULARY
 
 
-def test_zarr_alone_opens_every_array_and_reads_a_document_by_the_specification(tmp_path: Path) -> None:
-    small_store(tmp_path / "s", shards=1)
-    expected = small_store(tmp_path / "other", shards=1).get(tokens(2, 30))
-    assert expected is not None
-
-    root = zarr.open_group(tmp_path / "s", mode="r")
-    assert root.attrs["logitstore"]["recipe"] == {
-        "selection": "threshold:4",
-        "temperature": 1.0,
-        "seed": 0,
-        "vocab_size": 300,
-    }
-    lengths = root["vocabulary/lengths"][:]
-    assert bytes(root["vocabulary/bytes"][:])[: lengths[0]] == b"<0>"
-    (shard,) = (group for _, group in root["shards"].groups())
-    keys, ends = shard["keys"][:], shard["ends"][:]
-    document = next(i for i, key in enumerate(keys) if bytes(key) == document_key(tokens(2, 30)))
-    begin = int(ends[document - 1]) if document else 0
-    assert (shard["token_ids"][begin : int(ends[document])] == tokens(2, 30)).all()
-    rows = shard["records"][begin - document : int(ends[document]) - document - 1].astype(int)
-
-    k = 4
-    assert rows.shape == (29, 2 * k + k + 1 + 3)
-    for row, ids, weights, head in zip(rows, expected.ids, expected.weights, expected.head_count, strict=True):
-        planes = row[:k] + 256 * row[k : 2 * k]
-        assert planes[: head + 1].tolist() == ids[: head + 1].tolist()
-        assert np.cumsum(planes[head:]).tolist() == ids[head:].tolist()
-        assert row[3 * k] == head
-        cells = np.exp(-np.array([row[-3], *np.cumsum(row[2 * k : 2 * k + head]) % 256]) / 16)
-        cells[cells.argmax()] -= cells.sum() - 1
-        assert weights == pytest.approx([*cells[1:], *(k - head) * [cells[0] / max(k - head, 1)]], rel=1e-6)
-    assert (rows[:, -2] / -16 == expected.label_log_prob).all() and (rows[:, -1] / 16 == expected.entropy).all()
-
-
-def test_every_array_says_in_its_metadata_what_the_specification_says(tmp_path: Path) -> None:
+def test_opening_reads_documents_and_no_entries(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=1)
-    (shard,) = store.shards.values()
-    metadata = json.loads((shard.path / "records" / GROUP).read_text())
-    assert metadata["shape"] == [36, 16] and metadata["data_type"] == "uint8" and metadata["fill_value"] == 255
-    (sharding,) = metadata["codecs"]
-    assert [c["name"] for c in sharding["configuration"]["codecs"]] == ["transpose", "bytes", "zstd", "crc32c"]
-    assert [c["name"] for c in sharding["configuration"]["index_codecs"]] == ["bytes", "crc32c"]
-
-
-def test_opening_reads_keys_and_no_records(tmp_path: Path) -> None:
-    store = small_store(tmp_path / "s", shards=1)
-    (shard,) = store.shards.values()
-    shutil.rmtree(shard.path / "records")
+    for name in ("entries-0", "positions", "ranks", "blocks"):
+        shutil.rmtree(shard_folder(store) / name)
     reader = open_store(tmp_path / "s")
-    assert document_key(tokens(0, 7)) in reader
-    with pytest.raises(CorruptStoreError, match="records"):
+    assert document_key(tokens(0, 7)) in reader and (len(reader), reader.positions) == (3, 36)
+    with pytest.raises(CorruptStoreError, match=r"(entries-0|ranks|positions|blocks)/"):
         reader.get(tokens(0, 7))
 
 
-def test_a_file_lost_while_the_store_is_open_is_never_read_as_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["entries-0/c/0/0", "positions/c/0/0"])
+def test_a_file_lost_while_the_store_is_open_is_never_read_as_other_numbers(tmp_path: Path, file: str) -> None:
     store = small_store(tmp_path / "s", shards=1)
-    assert store.get(tokens(0, 7)) is not None
-    (shard,) = store.shards.values()
-    (shard.path / "records" / "c" / "0" / "0").unlink()
-    with pytest.raises(CorruptStoreError, match="does not decode"):
-        store.get(tokens(0, 7))
+    before = [store.document(n)[1] for n in range(3)]
+    (shard_folder(store) / file).unlink()
+    for number, expected in enumerate(before):  # the open file is still there for who has it open
+        found = store.document(number)[1]
+        assert (found.ids == expected.ids).all() and (found.weights == expected.weights).all()
+    with pytest.raises(CorruptStoreError, match=f"{file}: cannot be read"):
+        open_store(tmp_path / "s").document(0)
+
+
+def test_a_file_cut_while_the_store_is_open_is_never_read_as_numbers(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "s", shards=1, lengths=(2_100, 30))
+    assert store.get(tokens(1, 30)) is not None
+    (shard_folder(store) / "entries-0" / "c" / "0" / "0").write_bytes(b"")
+    with pytest.raises(CorruptStoreError, match="entries-0: cannot be read"):
+        store.get(tokens(0, 2_100))
 
 
 @pytest.mark.parametrize(
     ("found", "error", "message"),
     [
         ("nothing", StoreNotFoundError, "there is no store at .*type `logitstore build"),
-        ("file", StoreFormatError, "is a file, a store is a folder; type the path"),
+        ("file", StoreFormatError, "is a file, a store is a folder or a zip file of one .*; type the path"),
         ("empty folder", StoreFormatError, r"is not a store: it has no zarr\.json; type the path"),
         ("zarr group", StoreFormatError, "is a Zarr group, but not a logitstore; type the path"),
         ("zarr array", StoreFormatError, "is a Zarr group, but not a logitstore; type the path"),
@@ -204,7 +170,7 @@ def test_a_store_of_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
         {"logitstore": manifest().to_json() | {"teacher": None}},
         {"logitstore": manifest().to_json() | {"recipe": {"selection": "threshold:4"}}},
         {"logitstore": manifest().to_json() | {"recipe": manifest().to_json()["recipe"] | {"selection": "best:4"}}},
-        {"logitstore": manifest().to_json() | {"recipe": manifest().to_json()["recipe"] | {"temperature": "1"}}},
+        {"logitstore": manifest().to_json() | {"recipe": manifest().to_json()["recipe"] | {"temperatures": ["x"]}}},
         {"files": 3},
         {"files": {"../x": {"bytes": 1, "digest": ""}}},
         {"special_ids": ["a"]},
@@ -232,19 +198,19 @@ def test_a_sealed_root_that_makes_no_sense_is_refused_with_one_line(tmp_path: Pa
     ],
 )
 def test_a_sealed_entry_that_makes_no_sense_is_corrupt(tmp_path: Path, changes: dict[str, object]) -> None:
-    (shard,) = small_store(tmp_path / "s", shards=1).shards.values()
-    reseal(shard.path / GROUP, **changes)
+    shard = shard_folder(small_store(tmp_path / "s", shards=1))
+    reseal(shard / GROUP, **changes)
     with pytest.raises(CorruptStoreError) as caught:
         open_store(tmp_path / "s").get(tokens(0, 7))
-    assert shard.path.name in str(caught.value) and "\n" not in str(caught.value)
+    assert shard.name in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_shard_of_another_store_is_refused(tmp_path: Path) -> None:
     small_store(tmp_path / "s", shards=1)
     other = ZarrStore.create(tmp_path / "other", manifest(seed=1), VOCABULARY)
-    other.write_shard(records([5], seed=9, recipe=other.manifest.recipe))
-    (shard,) = other.shards.values()
-    shutil.copytree(shard.path, tmp_path / "s" / "shards" / shard.path.name)
+    other.write_documents(records([5], seed=9, recipe=other.manifest.recipe))
+    shard = shard_folder(other)
+    shutil.copytree(shard, tmp_path / "s" / "shards" / shard.name)
     with pytest.raises(IncompatibleStoreError, match="move that folder out"):
         open_store(tmp_path / "s")
 
@@ -316,15 +282,15 @@ def test_a_shard_that_cannot_be_flushed_is_not_there(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(StoreWriteError, match="No space left on device; nothing that was finished is lost"):
-        store.write_shard(records([9], seed=5))
+        store.write_documents(records([9], seed=5))
     assert contents(tmp_path / "s") == before and len(store) == 3
 
 
 def test_what_a_killed_writer_left_is_replaced_by_its_next_shard(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=1)
     left = tmp_path / "s" / "shards" / ".partial-build"
-    (left / "keys").mkdir(parents=True)
-    (left / "keys" / "junk").touch()
+    (left / "documents").mkdir(parents=True)
+    (left / "documents" / "junk").touch()
     assert len(open_store(tmp_path / "s")) == 3
-    store.write_shard(records([9], seed=5), "build")
+    store.write_documents(records([9], seed=5), "build")
     assert not left.exists() and len(open_store(tmp_path / "s")) == 4

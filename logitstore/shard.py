@@ -1,0 +1,272 @@
+"""One shard: documents that were finished together, written once. FORMAT.md says what lies where.
+
+Reading takes a part of a file and holds it against a checksum; the first look into a shard holds all of its files
+against their digests.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstore import position_streams, streams
+from logitstore.chunks import ShardedFile, unpack
+from logitstore.codec import Codes, from_record, to_record
+from logitstore.entries import damaged, read_entry
+from logitstore.files import CannotList, Files
+from logitstore.index import block_counts, block_hashes
+from logitstore.key import KEY_BYTES
+from logitstore.recipe import DocumentRecord, Recipe
+from logitstore.sealed import GROUP, Problem, file_problems, read_group
+from logitstore.streams import Chunk, Ranks, chunk_positions
+
+T = TypeVar("T")
+
+DOCUMENT_BYTES = KEY_BYTES + 8
+"""Of a row of `documents`: its key, its number of tokens (u32) and its first token (u32)."""
+
+
+def write_shard(folder: Path, documents: Sequence[DocumentRecord], recipe: Recipe) -> None:
+    """Write the arrays of a shard into a folder that is there."""
+    from logitstore.zarr_arrays import write_array, write_chunks
+
+    form = recipe.form
+    records = np.concatenate([document.records for document in documents])
+    labels = np.concatenate([document.token_ids[1:] for document in documents])
+    sets = [from_record(records[:, recipe.columns(number)], form) for number in range(recipe.sets)]
+    position = records[:, recipe.columns(recipe.sets)]
+
+    counts = np.zeros(recipe.vocab_size, np.int64)
+    for codes in sets:
+        kept = form.sampled_tail | (np.arange(form.selection.k) < codes.head_count[:, None])
+        counts += np.bincount(codes.ids[np.broadcast_to(kept, codes.ids.shape)], minlength=recipe.vocab_size)
+    ranks = Ranks.fit(counts)
+    rank_of = ranks.table()
+
+    n = chunk_positions(len(records), form)
+    parts = [slice(at, at + n) for at in range(0, len(records), n)]
+    for number, codes in enumerate(sets):
+        chunks = (streams.to_streams(codes.rows(rows), form, rank_of) for rows in parts)
+        write_chunks(folder, f"entries-{number}", chunks, streams.most_chunk_bytes(n, form))
+    first = sets[0]
+    beside = (
+        position_streams.to_streams(position[rows], labels[rows], first.rows(rows), form, rank_of) for rows in parts
+    )
+    write_chunks(folder, "positions", beside, position_streams.most_chunk_bytes(n, form, len(recipe.log_z)))
+
+    heads = np.array([(len(document.token_ids), document.token_ids[0]) for document in documents], "<u4")
+    keys = np.frombuffer(b"".join(document.key for document in documents), np.uint8).reshape(-1, KEY_BYTES)
+    write_array(folder, "documents", np.concatenate([keys, heads.view(np.uint8)], axis=1))
+    hashes = [value for document in documents for value in block_hashes(document.token_ids)]
+    write_array(folder, "blocks", np.array(hashes, np.uint64))
+    write_array(folder, "ranks", ranks.common)
+
+
+class Shard:
+    """A finished shard. Its entry is read at once, all else when it is asked for."""
+
+    def __init__(self, files: Files, name: str, recipe: Recipe, *, checked: bool = False) -> None:
+        """Read the shard's entry.
+
+        Args:
+            checked: all of its files have been held against their digests before.
+
+        Raises:
+            CorruptStoreError: the entry is missing or damaged.
+        """
+        self.name = name
+        self.where = f"shards/{name}"
+        self.entry = read_entry(files, self.where)
+        self._files, self._recipe = files, recipe
+        self._n = chunk_positions(self.entry.positions, recipe.form)
+        self._sharded: dict[str, ShardedFile] = {}
+        self._last: tuple[int, int, Chunk] | None = None
+        self._last_positions: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int32]] | None = None
+        self.checked = checked
+
+    @cached_property
+    def documents(self) -> npt.NDArray[np.uint8]:
+        """[D, 24]; key, length and first token of each document."""
+        size = self.entry.documents * DOCUMENT_BYTES
+
+        def read() -> npt.NDArray[np.uint8]:
+            if self.entry.documents > self._files.size(f"{self.where}/documents/c/0/0"):
+                raise ValueError("fewer bytes than documents")  # keys are hashes, which do not compress
+            return self._unpacked("documents/c/0/0", size, exact=True).reshape(-1, DOCUMENT_BYTES)
+
+        return self._decoding("documents", read)
+
+    @property
+    def keys(self) -> npt.NDArray[np.uint8]:
+        """[D, 16]"""
+        return self.documents[:, :KEY_BYTES]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """[D]; tokens of each document.
+
+        Raises:
+            CorruptStoreError: they are not those of the positions.
+        """
+        lengths = self._words(KEY_BYTES)
+        if (lengths < 2).any() or lengths.sum() - len(lengths) != self.entry.positions:
+            raise damaged(f"{self.where}/documents", "the documents' lengths are not those of the positions")
+        if (self._words(KEY_BYTES + 4) >= 1 << 31).any():
+            raise damaged(f"{self.where}/documents", "a first token is beyond any vocabulary")
+        return lengths
+
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.lengths - 1)
+
+    @cached_property
+    def blocks(self) -> npt.NDArray[np.uint64]:
+        """[M]; hashes of the documents' beginnings, document after document."""
+        size = 8 * int(block_counts(self.lengths).sum())
+        return self._decoding("blocks", lambda: self._unpacked("blocks/c/0", size, np.uint64, exact=True))
+
+    @cached_property
+    def ranks(self) -> Ranks:
+        """What the ranks in `entries-N` and `positions` stand for."""
+        most = 4 * min(streams.RANKED, self._recipe.vocab_size)
+        return self._decoding(
+            "ranks", lambda: Ranks(self._unpacked("ranks/c/0", most, np.uint32), self._recipe.vocab_size)
+        )
+
+    def array_problems(self) -> list[Problem]:
+        """Arrays of which Zarr would read something else than we do."""
+        from logitstore.zarr_arrays import problem_of
+
+        form, n = self._recipe.form, self._n
+        chunks = -(-self.entry.positions // n)
+        beside = position_streams.most_chunk_bytes(n, form, len(self._recipe.log_z))
+        expected: dict[str, tuple[tuple[int, ...], str]] = {
+            "documents": ((self.entry.documents, DOCUMENT_BYTES), "uint8"),
+            "blocks": ((len(self.blocks),), "uint64"),
+            "ranks": ((len(self.ranks.common),), "uint32"),
+            "positions": ((chunks, beside), "uint8"),
+        }
+        for number in range(self._recipe.sets):
+            expected[f"entries-{number}"] = ((chunks, streams.most_chunk_bytes(n, form)), "uint8")
+        found = {
+            name: problem_of(read_group(self._files, f"{self.where}/{name}"), *expected[name]) for name in expected
+        }
+        return [Problem(f"{self.where}/{name}/{GROUP}", fault) for name, fault in found.items() if fault]
+
+    def span(self, document: int) -> tuple[int, int]:
+        """The rows of a document among the shard's positions."""
+        end = int(self._ends[document])
+        return end - int(self.lengths[document]) + 1, end
+
+    def codes(self, number: int, spans: Sequence[tuple[int, int]]) -> Codes:
+        """Entries of set `number` at some spans of rows, one after another.
+
+        Raises:
+            CorruptStoreError: the bytes are not those that were written.
+        """
+        ranks, form = self.ranks, self._recipe.form
+        return self._decoding(f"entries-{number}", lambda: streams.from_parts(self._parts(number, spans), form, ranks))
+
+    def positions(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+        """What is kept beside the entries at rows start .. stop - 1 [n, position width], and the tokens that followed
+        [n].
+
+        Raises:
+            CorruptStoreError: the bytes are not those that were written.
+        """
+        first, last = start // self._n, (stop - 1) // self._n
+        chunks = [self._position_chunk(chunk) for chunk in range(first, last + 1)]
+        rows = slice(start - first * self._n, stop - first * self._n)
+        position, labels = (np.concatenate(arrays)[rows] for arrays in zip(*chunks, strict=True))
+        return position, labels
+
+    def document(self, number: int) -> DocumentRecord:
+        """A document's tokens and records.
+
+        Raises:
+            CorruptStoreError: the bytes are not those that were written.
+        """
+        start, stop = self.span(number)
+        sets = [to_record(self.codes(i, [(start, stop)]), self._recipe.form) for i in range(self._recipe.sets)]
+        position, labels = self.positions(start, stop)
+        return DocumentRecord(self._with_first(number, labels), np.concatenate([*sets, position], axis=1))
+
+    def token_ids(self, number: int) -> npt.NDArray[np.int32]:
+        """A document's tokens."""
+        return self._with_first(number, self.positions(*self.span(number))[1])
+
+    def _with_first(self, number: int, labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        return np.concatenate([self._words(KEY_BYTES + 4)[number : number + 1].astype(np.int32), labels])
+
+    def _words(self, column: int) -> npt.NDArray[np.int64]:
+        return np.ascontiguousarray(self.documents[:, column : column + 4]).view("<u4")[:, 0].astype(np.int64)
+
+    def _parts(self, number: int, spans: Sequence[tuple[int, int]]) -> list[streams.Part]:
+        parts = []
+        for start, stop in spans:
+            while start < stop:
+                chunk = start // self._n
+                at = chunk * self._n
+                until = min(stop, at + self._n)
+                parts.append(self._chunk(number, chunk).part(start - at, until - at))
+                start = until
+        return parts
+
+    def _chunk(self, number: int, chunk: int) -> Chunk:
+        if self._last is None or self._last[:2] != (number, chunk):
+            form, n = self._recipe.form, self._n
+            raw = self._sharded_file(f"entries-{number}", streams.most_chunk_bytes(n, form)).chunk(chunk)
+            rows = min(n, self.entry.positions - chunk * n)
+            self._last = (number, chunk, Chunk(raw, rows, form))
+        return self._last[2]
+
+    def _position_chunk(self, chunk: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+        if self._last_positions is None or self._last_positions[0] != chunk:
+            form, n, log_z = self._recipe.form, self._n, len(self._recipe.log_z)
+            codes = self.codes(0, [(chunk * n, min(chunk * n + n, self.entry.positions))])
+
+            def read() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+                size = position_streams.most_chunk_bytes(n, form, log_z)
+                raw = self._sharded_file("positions", size).chunk(chunk)
+                return position_streams.from_streams(raw, codes, form, log_z, self.ranks)
+
+            self._last_positions = chunk, *self._decoding("positions", read)
+        return self._last_positions[1:]
+
+    def _sharded_file(self, name: str, chunk_bytes: int) -> ShardedFile:
+        if name not in self._sharded:
+            chunks = -(-self.entry.positions // self._n)
+            self._sharded[name] = ShardedFile(self._files, f"{self.where}/{name}/c/0/0", chunks, chunk_bytes)
+        return self._sharded[name]
+
+    def _unpacked(
+        self, file: str, size: int, dtype: npt.DTypeLike = np.uint8, *, exact: bool = False
+    ) -> npt.NDArray[Any]:
+        if exact and not size:
+            return np.empty(0, dtype)  # an array of nothing has no file
+        raw = unpack(self._files.read(f"{self.where}/{file}"), size, at_most=not exact)
+        return raw.view(np.dtype(dtype).newbyteorder("<")).astype(dtype, copy=False)
+
+    def _decoding(self, name: str, read: Callable[[], T]) -> T:
+        """Read something of an array: what is wrong with it is told as damage of that array."""
+        try:
+            self._check("documents/" if name in ("documents", "blocks") else "")
+            return read()
+        except (ValueError, OSError) as error:
+            raise damaged(f"{self.where}/{name}", f"cannot be read ({error})") from error
+
+    def _check(self, folder: str) -> None:
+        """Hold files against their digests: those of the documents, or, once, all of the shard."""
+        if self.checked:
+            return
+        entries = {name: entry for name, entry in self.entry.files.items() if name.startswith(folder)}
+        for problem in file_problems(self._files, self.where, entries):
+            raise damaged(f"{self.where}/{problem.file}", problem.fault)
+        with suppress(CannotList):  # then a file that nobody names does no harm
+            if not folder and entries.keys() != set(self._files.names(self.where)) - {GROUP}:
+                raise ValueError("its files are not those that the shard's entry names")
+        self.checked = not folder
