@@ -5,22 +5,27 @@ is finished computes nothing when it is run again.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from logitstore.documents import read_documents
+from logitstore.contract import Store
+from logitstore.documents import Document, read_documents
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError
-from logitstore.journal import WRITE_BACK, ShardWriter, commit_leftovers
+from logitstore.fill import fill
+from logitstore.journal import WRITE_BACK, commit_leftovers
+from logitstore.live import keep_fidelity
 from logitstore.manifest import Manifest
-from logitstore.plan import Part, plan_batches, plan_shards, unique
+from logitstore.plan import Part, windows
+from logitstore.recipe import Recipe
 from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport, read_sequences, require_ids_below
+from logitstore.sequences import TokenizeReport, tokenize
+from logitstore.store import create_store, open_store
+from logitstore.survey import Survey, take_survey
 from logitstore.teacher import Teacher
-from logitstore.zarr_store import ZarrStore
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,12 @@ class BuildConfig:
     adapter_path: str | None = None
     split: str = "train"
     select: str = "threshold:16"
-    temperature: float = 1.0
+    temperature: tuple[float, ...] = (1.0,)
+    """One set of entries each."""
+    replicas: int = 1
+    """Independent draws of each set, which epochs rotate through."""
+    tail_log_probs: bool = False
+    log_z: tuple[float, ...] = ()
     max_length: int = 2048
     batch_tokens: int = 2048
     limit: int | None = None
@@ -48,10 +58,8 @@ class BuildConfig:
         Raises:
             ConfigError: naming the flag.
         """
-        Selection.parse(self.select)
+        self.recipe(vocab_size=1 << 31)
         Part.parse(self.shard)
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"temperature {self.temperature:g} is not a number above 0; type --temperature 1")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens is {self.batch_tokens}, expected at least 1; type --batch-tokens 2048")
         if self.max_length < 2:
@@ -65,6 +73,22 @@ class BuildConfig:
             )
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed is {self.seed}, expected 0 to 2^64 - 1; type --seed 0")
+
+    def recipe(self, vocab_size: int) -> Recipe:
+        """What is kept, for a teacher whose LM head is so wide.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        return Recipe(
+            selection=Selection.parse(self.select),
+            temperatures=self.temperature,
+            seed=self.seed,
+            vocab_size=vocab_size,
+            replicas=self.replicas,
+            tail_log_probs=self.tail_log_probs,
+            log_z=self.log_z,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,48 +120,58 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
     Raises:
         LogitstoreError: see `logitstore.errors`; nothing that was finished is lost.
     """
-    selection, part = Selection.parse(config.select), Part.parse(config.shard)
+    part = Part.parse(config.shard)
     if config.out.exists():
-        ZarrStore(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
+        open_store(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
     rows = read_documents(config.dataset, split=config.split, limit=config.limit)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
-    report = TokenizeReport()
-    documents = unique(read_sequences(rows, teacher.tokenizer, config.max_length, report, quiet=config.quiet))
-    say(report.describe("--max-length", len(documents)))
-    require_ids_below(teacher.vocab_size, documents.values(), f"teacher {teacher.loaded.name}")
-    manifest = teacher.manifest(selection, config.temperature, config.seed)
+    survey = survey_of(config, rows, teacher)
+    say(survey.report.describe("--max-length", len(survey.keys)))
 
-    store = open_or_create(config.out, manifest, teacher)
+    recipe = config.recipe(teacher.vocab_size)
+    store = open_or_create(config.out, teacher.manifest(recipe), teacher)
     commit_leftovers(store, WRITE_BACK)
-    todo = {key: s for key, s in documents.items() if part.holds(key) and key not in store}
-    with ShardWriter(store, f"build-{part.index}-of-{part.count}") as writer:
-        missing = {key: s for key, s in todo.items() if key not in writer}
-        if len(missing) < len(documents):
-            others = len(documents) - len(missing)
+    todo = survey.to_do(part, store)
+    started = time.perf_counter()
+    with store.writer(f"build-{part.index}-of-{part.count}") as writer:
+        keys = {survey.keys[i].tobytes(): int(survey.positions[i]) for i in todo}
+        missing = [key for key in keys if key not in writer]
+        if len(missing) < len(survey.keys):
+            others = len(survey.keys) - len(missing)
             say(f"{others:,} documents are already there, or another part's; {len(missing):,} to do")
-        positions = sum(len(s.trained) for s in missing.values())
-        started = time.perf_counter()
-        if stale := [key for key in writer.pending if key not in todo]:
+        if stale := [key for key in writer.pending if key not in keys]:
             writer.commit(stale)  # the dataset was edited since; the teacher's answers are true all the same
+        positions = sum(keys[key] for key in missing)
         with tqdm(total=positions, unit="tok", desc="teacher", disable=config.quiet or not missing) as bar:
-            for shard in plan_shards(todo):
-                rest = {key: todo[key] for key in shard if key not in writer}
-                for batch in plan_batches(rest, config.batch_tokens):
-                    writer.append(teacher.records([rest[key].token_ids for key in batch], manifest.recipe))
-                    bar.update(sum(len(rest[key].trained) for key in batch))
-                writer.commit(shard)
+            if todo.size:
+                rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+                sequences = tokenize(rows, teacher.tokenizer, config.max_length)
+                wanted = windows(sequences, lambda key: part.holds(key) and key not in store)
+                fill(wanted, teacher, recipe, writer, config.batch_tokens, bar.update)
+    elapsed_s = time.perf_counter() - started
+    keep_fidelity(store, teacher, quiet=config.quiet)
     return BuildReport(
-        tokenized=report,
+        tokenized=survey.report,
         computed_documents=len(missing),
         computed_positions=positions,
-        elapsed_s=time.perf_counter() - started,
+        elapsed_s=elapsed_s,
         store_documents=len(store),
         store_positions=store.positions,
         disk_bytes=store.disk_bytes,
     )
 
 
-def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> ZarrStore:
+def survey_of(config: BuildConfig, rows: Iterable[Document], teacher: Teacher) -> Survey:
+    """`take_survey` with what a build is told.
+
+    Raises:
+        DatasetError, ModelError, ConfigError: as `take_survey`.
+    """
+    name = teacher.loaded.name
+    return take_survey(rows, teacher.tokenizer, config.max_length, teacher.vocab_size, name, quiet=config.quiet)
+
+
+def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> Store:
     """Open the store at `path` if it may be extended by this teacher, or begin it.
 
     Raises:
@@ -146,6 +180,6 @@ def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> ZarrStor
         ConfigError: it lies inside another store.
     """
     require_outside_stores(path)
-    store = ZarrStore(path) if path.exists() else ZarrStore.create(path, manifest, teacher.vocabulary)
+    store = open_store(path) if path.exists() else create_store(path, manifest, teacher.vocabulary)
     store.manifest.require_compatible(manifest, path)
     return store

@@ -5,16 +5,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitstore.build import BuildConfig
+from logitstore.build import BuildConfig, survey_of
 from logitstore.documents import read_documents
-from logitstore.plan import Part, plan_batches, plan_shards, unique
+from logitstore.key import document_key
+from logitstore.plan import Part, plan_batches, window_count
 from logitstore.sealed import GROUP
-from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport, read_sequences, require_ids_below
+from logitstore.sequences import TokenSequence, tokenize
+from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from logitstore.zarr_store import ZarrStore
 
 PROBE_TOKENS = 512
+PROBE_DOCUMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,21 @@ def estimate(config: BuildConfig) -> Estimate:
         LogitstoreError: whatever `build` would raise before it starts.
     """
     part = Part.parse(config.shard)
-    there = ZarrStore(config.out) if config.out.exists() else None
+    there = open_store(config.out) if config.out.exists() else None
     rows = read_documents(config.dataset, split=config.split, limit=config.limit)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
-    report = TokenizeReport()
-    every = unique(read_sequences(rows, teacher.tokenizer, config.max_length, report, quiet=config.quiet))
-    summary = report.describe("--max-length", len(every))
-    require_ids_below(teacher.vocab_size, every.values(), f"teacher {teacher.loaded.name}")
-    documents = {key: s for key, s in every.items() if part.holds(key)}
-    manifest = teacher.manifest(Selection.parse(config.select), config.temperature, config.seed)
+    survey = survey_of(config, rows, teacher)
+    summary = survey.report.describe("--max-length", len(survey.keys))
+    manifest = teacher.manifest(config.recipe(teacher.vocab_size))
     if there is not None:
         there.manifest.require_compatible(manifest, config.out)
-        documents = {key: s for key, s in documents.items() if key not in there}
         summary = f"{len(there):,} documents are already there"
-    positions = sum(len(s.trained) for s in documents.values())
-    if not documents:
+    todo = survey.to_do(part, there)
+    if not todo.size:
         return Estimate(summary, 0, 0, 0, 0.0, 0.0)
+    positions = int(survey.positions[todo].sum())
 
+    documents = _some_documents(config, teacher, {survey.keys[i].tobytes() for i in todo[:PROBE_DOCUMENTS]})
     batches = plan_batches(documents, min(config.batch_tokens, PROBE_TOKENS))
     probe = [documents[key].token_ids[:PROBE_TOKENS] for key in batches[len(batches) // 2]]
     teacher.records([probe[0][:8]], manifest.recipe)  # the first call pays for set-up
@@ -63,17 +63,34 @@ def estimate(config: BuildConfig) -> Estimate:
     with tempfile.TemporaryDirectory() as folder:
         store = ZarrStore.create(Path(folder) / "probe.zarr", manifest, teacher.vocabulary)
         empty_bytes = store.disk_bytes
-        store.write_shard(records)
-        # A shard's metadata is as large for few positions as for many.
-        metadata_bytes = sum(file.stat().st_size for file in store.path.glob(f"shards/*/**/{GROUP}"))
-        bytes_per_position = (store.disk_bytes - empty_bytes - metadata_bytes) / probed
+        store.write_documents(records)
+        store.save_index()
+        # A shard's metadata, and the index's, is as large for few positions as for many.
+        shard_bytes, index_bytes = (
+            sum(file.stat().st_size for file in store.folder.glob(f"{where}/{GROUP}"))
+            for where in ("shards/*/**", "index/**")
+        )
+        bytes_per_position = (store.disk_bytes - empty_bytes - shard_bytes - index_bytes) / probed
     return Estimate(
         summary=summary,
-        documents=len(documents),
+        documents=len(todo),
         positions=positions,
         probed_positions=probed,
         disk_bytes=bytes_per_position * positions
-        + metadata_bytes * len(plan_shards(documents))
-        + (empty_bytes if there is None else 0),
+        + shard_bytes * window_count(survey.positions[todo].tolist())
+        + (empty_bytes + index_bytes if there is None else 0),
         elapsed_s=elapsed_s * positions / probed,
     )
+
+
+def _some_documents(config: BuildConfig, teacher: Teacher, keys: set[bytes]) -> dict[bytes, TokenSequence]:
+    """The documents with these keys, tokenised once more."""
+    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+    found: dict[bytes, TokenSequence] = {}
+    for sequence in tokenize(rows, teacher.tokenizer, config.max_length):
+        key = document_key(sequence.token_ids)
+        if key in keys:
+            found[key] = sequence
+        if len(found) == len(keys):
+            break
+    return found

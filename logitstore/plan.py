@@ -1,11 +1,12 @@
-"""Which documents go into which shard and which teacher batch: pure functions of the documents that are still to do.
+"""Which documents go into which shard and which teacher batch, of those that are still to do.
 
 Both are greedy walks over a fixed order, cut where a limit is reached. So what is planned after an interruption
-continues what was planned before it, batch for batch, and the finished store has the same bytes.
+continues what was planned before it, batch for batch, and the finished store has the same bytes. Of a dataset no more
+than two shards' documents are held at a time.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from logitstore.errors import ConfigError
@@ -42,25 +43,38 @@ class Part:
         return int.from_bytes(key[8:], "little") % self.count == self.index - 1
 
 
-def unique(sequences: Sequence[TokenSequence]) -> dict[bytes, TokenSequence]:
-    """Documents by key, in dataset order; of equal ones the first."""
-    found: dict[bytes, TokenSequence] = {}
+def windows(
+    sequences: Iterable[TokenSequence], wanted: Callable[[bytes], bool]
+) -> Iterator[dict[bytes, TokenSequence]]:
+    """Cut the wanted documents, in their order, into windows of SHARD_POSITIONS positions or more: a shard each.
+
+    Equal documents count once: `wanted` is asked for each, and is not expected to know of those that were given in the
+    last window.
+    """
+    window: dict[bytes, TokenSequence] = {}
+    last: dict[bytes, TokenSequence] = {}
+    room = SHARD_POSITIONS
     for sequence in sequences:
-        found.setdefault(document_key(sequence.token_ids), sequence)
-    return found
-
-
-def plan_shards(documents: dict[bytes, TokenSequence]) -> list[list[bytes]]:
-    """Cut documents, in their order, into shards of at least SHARD_POSITIONS positions (the last may be smaller)."""
-    shards: list[list[bytes]] = []
-    room = 0
-    for key, sequence in documents.items():
-        if room <= 0:
-            shards.append([])
-            room = SHARD_POSITIONS
-        shards[-1].append(key)
+        key = document_key(sequence.token_ids)
+        if key in window or key in last or not wanted(key):
+            continue
+        window[key] = sequence
         room -= len(sequence.trained)
-    return shards
+        if room <= 0:
+            yield window
+            window, last, room = {}, window, SHARD_POSITIONS
+    if window:
+        yield window
+
+
+def window_count(positions: Iterable[int]) -> int:
+    """How many windows documents of so many positions each make."""
+    count, room = 0, 0
+    for more in positions:
+        if room <= 0:
+            count, room = count + 1, SHARD_POSITIONS
+        room -= more
+    return count
 
 
 def plan_batches(documents: dict[bytes, TokenSequence], batch_tokens: int) -> list[list[bytes]]:

@@ -3,8 +3,10 @@
 A build, a miss and online distillation all call `Teacher.records`. No gradient ever flows here.
 """
 
-from collections.abc import Sequence
-from hashlib import blake2b
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
 import distill_kernels
 
@@ -12,15 +14,18 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.device_selection import select as device_select
+from logitstore import device_selection
 from logitstore.digest import adapter_digest, config_digest, weights_digest
 from logitstore.errors import ModelError
 from logitstore.forward import document_logits
-from logitstore.manifest import Manifest, TeacherIdentity, TokenizerIdentity
+from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.model import load_model
 from logitstore.recipe import DocumentRecord, Recipe
-from logitstore.selection import Selection
 from logitstore.vocabulary import Vocabulary, vocabulary_of
+from logitstore.worker import at_once
+
+T = TypeVar("T")
+Submit = Callable[[Callable[[], Any]], "Future[Any]"]
 
 
 class Teacher:
@@ -42,13 +47,8 @@ class Teacher:
         self.vocab_size = int(self.loaded.model(mx.array([[0]])).shape[-1])
         self._quiet = quiet
 
-    def manifest(self, selection: Selection, temperature: float, seed: int) -> Manifest:
-        """What a store of this teacher's answers says of itself. Reads all weights once, for their digest.
-
-        Raises:
-            ConfigError: a selection or temperature that cannot be.
-        """
-        recipe = Recipe(selection, temperature, seed, self.vocab_size)
+    def manifest(self, recipe: Recipe) -> Manifest:
+        """What a store of this teacher's answers says of itself. Reads all weights once, for their digest."""
         loaded = self.loaded
         teacher = TeacherIdentity(
             name=loaded.name,
@@ -66,26 +66,56 @@ class Teacher:
         Raises:
             ModelError: the teacher gives NaN or infinite logits.
         """
+        return [finish() for finish in self.submit(documents, recipe, at_once)]
+
+    def submit(
+        self, documents: Sequence[npt.NDArray[np.int32]], recipe: Recipe, submit: Submit
+    ) -> list[Callable[[], DocumentRecord]]:
+        """The same, but what needs no model is left to `submit`, as `Worker.submit`; calling the results waits for it.
+
+        Raises:
+            ModelError: the teacher gives NaN or infinite logits; here, or when a result is called.
+        """
+        return [
+            partial(
+                self._finish, token_ids, [self._begin(token_ids, rows, first, recipe, submit) for first, rows in parts]
+            )
+            for token_ids, parts in zip(documents, self._logits(documents), strict=True)
+        ]
+
+    def logits(self, token_ids: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
+        """The logits of one document's L - 1 positions, in parts float32 [n, V]."""
+        for parts in document_logits(self.head, [token_ids]):
+            for rows in parts:
+                yield np.array(rows.astype(mx.float32), copy=False)
+
+    def _logits(self, documents: Sequence[npt.NDArray[np.int32]]) -> Iterator[Iterator[tuple[int, mx.array]]]:
+        """Of each document, where each part of its logits begins, and the part."""
+        for parts in document_logits(self.head, documents):
+            yield _numbered(parts)
+
+    def _begin(
+        self, token_ids: npt.NDArray[np.int32], rows: mx.array, first: int, recipe: Recipe, submit: Submit
+    ) -> "Future[npt.NDArray[np.uint8]]":
         # NumPy selects faster than MLX on a CPU; a GPU keeps [n, V] to itself.
-        on_cpu = distill_kernels.on_cpu()
-        answers = []
-        for token_ids, logits in zip(documents, document_logits(self.head, documents), strict=True):
-            parts, first = [], 0
-            for rows in logits:
-                try:
-                    if on_cpu:
-                        parts.append(recipe.record(token_ids, np.array(rows.astype(mx.float32), copy=False), first))
-                    else:
-                        parts.append(recipe.record(token_ids, rows, first, select=device_select))
-                except ValueError as error:
-                    raise ModelError(f"teacher {self.loaded.name} cannot be used: {error}") from error
-                first += len(rows)
-            answers.append(DocumentRecord(token_ids, np.concatenate(parts)))
-        return answers
+        if distill_kernels.on_cpu():
+            logits = np.array(rows.astype(mx.float32), copy=False)
+            return submit(lambda: self._checked(lambda: recipe.record(token_ids, logits, first)))
+        kept = self._checked(lambda: recipe.select(token_ids, rows, first, selector=device_selection))
+        return submit(lambda: recipe.encode(kept))
+
+    def _finish(self, token_ids: npt.NDArray[np.int32], parts: "list[Future[npt.NDArray[np.uint8]]]") -> DocumentRecord:
+        return DocumentRecord(token_ids, np.concatenate([part.result() for part in parts]))
+
+    def _checked(self, select: Callable[[], T]) -> T:
+        try:
+            return select()
+        except ValueError as error:
+            raise ModelError(f"teacher {self.loaded.name} cannot be used: {error}") from error
 
 
-def tokenizer_identity(tokenizer: object, vocabulary: Vocabulary) -> TokenizerIdentity:
-    """What a manifest says of a tokenizer."""
-    template = getattr(tokenizer, "chat_template", None)
-    digest = blake2b(str(template).encode(), digest_size=16).hexdigest() if template else None
-    return TokenizerIdentity(vocabulary.fingerprint(), len(vocabulary), digest)
+def _numbered(parts: Iterator[mx.array]) -> Iterator[tuple[int, mx.array]]:
+    first = 0
+    for rows in parts:
+        yield first, rows
+        first += len(rows)

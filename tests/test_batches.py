@@ -55,7 +55,8 @@ def test_a_batch_with_nothing_to_train_is_none() -> None:
 def test_every_epoch_has_every_document_once_in_another_order() -> None:
     lengths = [3, 9, 4, 1, 5, 9, 2]
     batches = list(islice(epochs(lengths, 2, seed=0), 8))
-    first, second = batches[:4], batches[4:]
+    assert [epoch for epoch, _ in batches] == [0] * 4 + [1] * 4
+    first, second = ([numbers for _, numbers in half] for half in (batches[:4], batches[4:]))
     assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(7))
     assert first != second
     assert batches == list(islice(epochs(lengths, 2, seed=0), 8))

@@ -29,23 +29,26 @@ def equal(a: SparseTargets | None, b: SparseTargets | None) -> bool:
 
 @pytest.mark.parametrize(("select", "temperature"), [("threshold:16", 1.0), ("threshold:4", 2.0), ("top-k:8", 1.0)])
 def test_a_hit_and_a_miss_are_the_same_bytes(tmp_path: Path, world: World, select: str, temperature: float) -> None:
-    recipe = {"select": select, "temperature": temperature}
-    world.build(tmp_path / "built.zarr", batch_tokens=1, **recipe)  # every document a batch of its own
-    kept = world.config(
-        tmp_path / "o", store=(str(tmp_path / "kept.zarr"),), teacher=str(world.teacher), write_back=True, **recipe
-    )
+    # every document a batch of its own
+    world.build(tmp_path / "built.zarr", batch_tokens=1, select=select, temperature=(temperature,))
+    there = {"store": (str(tmp_path / "kept.zarr"),), "write_back": True, "teacher": str(world.teacher)}
+    kept = world.config(tmp_path / "o", select=select, temperature=temperature, **there)
     built = open_store(tmp_path / "built.zarr")
     with target_source(kept, open_stores(kept), tiny_tokenizer()) as online:
         for sequence in world.sequences():
             (live,), count = online.answer([sequence])
             assert (count.hits, count.misses) == (0, len(sequence.trained))
             assert equal(live, built.get(sequence.token_ids))
-    assert contents(tmp_path / "kept.zarr") == contents(built.path)
+    assert contents(tmp_path / "kept.zarr") == contents(built.path)  # but for the fidelity that a build measures
 
 
 def contents(store: Path) -> dict[str, bytes]:
     """Every file of a store, by its name."""
-    return {file.relative_to(store).as_posix(): file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    return {
+        file.relative_to(store).as_posix(): file.read_bytes()
+        for file in store.glob("*/**/*")
+        if file.is_file() and file.parent.name != "fidelity"
+    }
 
 
 def test_each_policy_does_what_it_says_on_a_miss_and_counts_it(tmp_path: Path, world: World) -> None:
@@ -66,7 +69,7 @@ def test_each_policy_does_what_it_says_on_a_miss_and_counts_it(tmp_path: Path, w
 
 def test_stores_are_asked_in_order_and_differing_ones_refused(tmp_path: Path, world: World) -> None:
     world.build(tmp_path / "first.zarr", limit=2)
-    world.build(tmp_path / "other.zarr", limit=2, temperature=2.0)
+    world.build(tmp_path / "other.zarr", limit=2, temperature=(2.0,))
     both = world.config(tmp_path / "o", store=(str(tmp_path / "first.zarr"), str(world.store)))
     with target_source(both, open_stores(both), tiny_tokenizer()) as source:
         assert source.missing(world.sequences()) == 0
@@ -78,13 +81,13 @@ def test_stores_are_asked_in_order_and_differing_ones_refused(tmp_path: Path, wo
 def test_temperature_and_selection_are_the_stores_and_others_are_refused_with_the_flag(
     tmp_path: Path, world: World
 ) -> None:
-    world.build(tmp_path / "warm.zarr", temperature=2.0, select="threshold:8")
+    world.build(tmp_path / "warm.zarr", temperature=(2.0,), select="threshold:8")
     path = (str(tmp_path / "warm.zarr"),)
     for options in ({}, {"temperature": 2.0, "select": "threshold:8"}):
         (store,) = open_stores(world.config(tmp_path / "o", store=path, **options))
-        assert (store.manifest.recipe.temperature, str(store.manifest.recipe.selection)) == (2.0, "threshold:8")
+        assert (store.manifest.recipe.temperatures, str(store.manifest.recipe.selection)) == ((2.0,), "threshold:8")
     with pytest.raises(
-        ConfigError, match=r"at temperature 2, this run asks for 1; .* `logitstore build --temperature 1`"
+        ConfigError, match=r"serves temperature 2, this run asks for 1; .* `logitstore build --temperature 1`"
     ):
         open_stores(world.config(tmp_path / "o", store=path, temperature=1.0))
     with pytest.raises(
@@ -145,5 +148,5 @@ def test_an_online_run_without_a_store_does_not_read_the_weights_again_for_a_dig
     monkeypatch.delattr(Teacher, "manifest")
     config = world.config(tmp_path / "o", teacher=str(world.teacher), select="top-k:8", temperature=2.0)
     with target_source(config, [], tiny_tokenizer()) as source:
-        assert (str(source.recipe.selection), source.recipe.temperature) == ("top-k:8", 2.0)
+        assert (str(source.recipe.selection), source.recipe.temperatures) == ("top-k:8", (2.0,))
         assert None not in source.answer(world.sequences()[:2])[0]

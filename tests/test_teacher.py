@@ -75,7 +75,7 @@ def answers(teacher: Teacher, select: str) -> list[tuple[npt.NDArray[np.int32], 
     """Targets of documents of different lengths, asked as one batch."""
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, teacher.vocab_size, length).astype(np.int32) for length in LENGTHS]
-    recipe = Recipe(Selection.parse(select), 1.0, 0, teacher.vocab_size)
+    recipe = Recipe(Selection.parse(select), (1.0,), 0, teacher.vocab_size)
     return [(r.token_ids, recipe.read(r.records)) for r in teacher.records(documents, recipe)]
 
 
@@ -110,7 +110,7 @@ def test_the_threshold_heads_are_the_same_probabilities(model: Path) -> None:
 def test_a_document_alone_and_in_a_batch_has_the_same_record_but_for_rounding(model: Path) -> None:
     teacher = Teacher(str(model), quiet=True)
     for token_ids, targets in answers(teacher, "threshold:16"):
-        recipe = Recipe(Selection("threshold", 16), 1.0, 0, teacher.vocab_size)
+        recipe = Recipe(Selection("threshold", 16), (1.0,), 0, teacher.vocab_size)
         (alone,) = teacher.records([token_ids], recipe)
         assert (recipe.read(alone.records).ids == targets.ids).mean() > 0.99
 

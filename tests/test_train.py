@@ -93,7 +93,7 @@ def test_with_alpha_1_no_label_changes_any_gradient(world: World) -> None:
 def test_the_gradient_through_the_whole_student_is_that_of_finite_differences_in_float64(
     tmp_path: Path, world: World, select: str
 ) -> None:
-    world.build(tmp_path / "s.zarr", select=select, temperature=2.0)
+    world.build(tmp_path / "s.zarr", select=select, temperature=(2.0,))
     losses = row_loss(open_store(tmp_path / "s.zarr").manifest.recipe)
     student = load_model(world.student)
     batch = batch_of(world, world.sequences()[:2], 0.7, tmp_path / "s.zarr")

@@ -6,6 +6,7 @@ Padding, prompts and skipped positions have no row, so they cost no logits and t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
@@ -51,10 +52,10 @@ class Weighing:
     on_miss: OnMiss
 
 
-def epochs(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of document numbers: each epoch a new order, near lengths together, no document dropped."""
+def epochs(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
+    """Endless batches, as (epoch, document numbers): each epoch a new order, near lengths together, none dropped."""
     rng = np.random.default_rng(seed)
-    while True:
+    for epoch in count():
         order = rng.permutation(len(lengths))
         bucket = batch_size * BUCKET_BATCHES
         batches: list[list[int]] = []
@@ -62,7 +63,7 @@ def epochs(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[
             near = sorted(order[at : at + bucket].tolist(), key=lambda i: lengths[i])
             batches += (near[i : i + batch_size] for i in range(0, len(near), batch_size))
         for i in rng.permutation(len(batches)):
-            yield batches[i]
+            yield epoch, batches[i]
 
 
 def collate(
@@ -76,21 +77,21 @@ def collate(
     for b, (sequence, target) in enumerate(zip(sequences, targets, strict=True)):
         positions = np.flatnonzero(sequence.trained)
         tokens[b, : len(sequence.trained)] = sequence.token_ids[:-1]
-        if target is None and weighing.on_miss == "skip" and weighing.alpha > 0:
+        answered = positions < (0 if target is None else len(target))
+        if weighing.on_miss == "skip" and weighing.alpha > 0:
+            positions, answered = positions[answered], answered[answered]
+        if not len(positions):
             continue
-        n = len(positions)
-        alpha = weighing.alpha if target is not None else 0.0
-        parts.append(
-            (
-                b * t_max + positions,
-                sequence.token_ids[positions + 1],
-                np.zeros((n, k), np.uint32) if target is None else target.ids[positions],
-                np.zeros((n, k), np.float32) if target is None else target.weights[positions],
-                np.zeros(n, np.float32) if target is None else target.log_tail_mass[positions],
-                np.full(n, alpha, np.float32),
-                np.full(n, 1 - alpha, np.float32),
+        n, at = len(positions), positions[answered]
+        ids, weights, tail = np.zeros((n, k), np.uint32), np.zeros((n, k), np.float32), np.zeros(n, np.float32)
+        if target is not None:
+            ids[answered], weights[answered], tail[answered] = (
+                target.ids[at],
+                target.weights[at],
+                target.log_tail_mass[at],
             )
-        )
+        alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
+        parts.append((b * t_max + positions, sequence.token_ids[positions + 1], ids, weights, tail, alpha, 1 - alpha))
     if not parts:
         return None
     rows, labels, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))

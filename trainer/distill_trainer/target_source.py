@@ -6,22 +6,23 @@ run's temperature and selection, the teacher, the student's tokenizer.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.targets import TargetSource
 from logitstore.build import open_or_create
+from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
-from logitstore.journal import WRITE_BACK, ShardWriter
+from logitstore.journal import WRITE_BACK
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from logitstore.vocabulary import vocabulary_of
-from logitstore.zarr_store import ZarrStore
 
 
-def open_stores(config: TrainConfig) -> list[ZarrStore]:
+def open_stores(config: TrainConfig) -> list[Store]:
     """Open the stores that are there; the first may be begun by the run itself when it writes back.
 
     Raises:
@@ -31,17 +32,12 @@ def open_stores(config: TrainConfig) -> list[ZarrStore]:
     paths = list(config.store)
     if config.write_back and not Path(paths[0]).exists():
         paths.pop(0)
-    stores = [open_store(path) for path in paths]
+    stores: list[Store] = [open_store(path) for path in paths]
     for store in stores[1:]:
         store.manifest.require_compatible(stores[0].manifest, store.path)
     if stores:
         first, recipe = stores[0], stores[0].manifest.recipe
-        if config.temperature is not None and config.temperature != recipe.temperature:
-            raise ConfigError(
-                f"{first.path} was built at temperature {recipe.temperature:g}, "
-                f"this run asks for {config.temperature:g}; leave --temperature out, "
-                f"or type `logitstore build --temperature {config.temperature:g}` for another store"
-            )
+        recipe.set_number(config.temperature)
         if config.select is not None and Selection.parse(config.select) != recipe.selection:
             raise ConfigError(
                 f"{first.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
@@ -51,7 +47,7 @@ def open_stores(config: TrainConfig) -> list[ZarrStore]:
 
 
 @contextmanager
-def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: object) -> Iterator[TargetSource]:
+def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: object) -> Iterator[TargetSource]:
     """Give the run its source of targets; what the teacher answered is in the store when the block is left, however.
 
     Args:
@@ -69,7 +65,7 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
     for store in stores:
         require_same_tokenizer(store, fingerprint, config.student)
     if config.teacher is None or config.miss_policy != "online":
-        yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
+        yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy, temperature=config.temperature)
         return
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
@@ -82,9 +78,9 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
                 "type --student with a model of the teacher's tokenizer"
             )
         selection = Selection.parse(config.select or "threshold:16")
-        recipe = Recipe(selection, config.temperature or 1.0, seed=0, vocab_size=teacher.vocab_size)
+        recipe = Recipe(selection, (config.temperature or 1.0,), seed=0, vocab_size=teacher.vocab_size)
     if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
-        wanted = teacher.manifest(recipe.selection, recipe.temperature, recipe.seed)
+        wanted = teacher.manifest(replace(recipe, vocab_size=teacher.vocab_size))
     if stores:
         stores[0].manifest.require_compatible(wanted, stores[0].path)
     with ExitStack() as stack:
@@ -92,13 +88,13 @@ def target_source(config: TrainConfig, stores: Sequence[ZarrStore], tokenizer: o
         if config.write_back:
             first = open_or_create(Path(config.store[0]), wanted, teacher)
             stores = [first, *(store for store in stores if store.path != first.path)]
-            writer = stack.enter_context(ShardWriter(first, WRITE_BACK))
-        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer)
+            writer = stack.enter_context(first.writer(WRITE_BACK))
+        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer, config.temperature)
         stack.callback(source.close)
         yield source
 
 
-def require_same_tokenizer(store: ZarrStore, student_fingerprint: str, student: str) -> None:
+def require_same_tokenizer(store: Store, student_fingerprint: str, student: str) -> None:
     """Check that a student reads the token ids that the store was made of.
 
     Raises:

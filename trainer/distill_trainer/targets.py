@@ -1,22 +1,22 @@
 """Where a document's targets come from: the stores in order, then the live teacher, or nobody.
 
-A miss is counted in positions and handled by the run's policy. What the teacher answers goes through the same recipe as
-a build, so it is what the store would have said; with a writer it is kept for the next run.
+A miss is decided and counted position by position, and handled by the run's policy. What the teacher answers goes
+through the same recipe as a build, so it is what the store would have said; with a writer it is kept for the next run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill_trainer.config import OnMiss
+from logitstore.contract import Store, Writer
 from logitstore.errors import MissingTargetsError
-from logitstore.journal import ShardWriter
 from logitstore.key import document_key
 from logitstore.plan import SHARD_POSITIONS
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
+from logitstore.stack import Stack
 from logitstore.targets import SparseTargets
 from logitstore.teacher import Teacher
-from logitstore.zarr_store import ZarrStore
 
 
 @dataclass
@@ -35,41 +35,48 @@ class TargetSource:
 
     Args:
         stores: in order of lookup; all with this recipe.
+        temperature: which of the recipe's; by default the first.
         teacher: asked on a miss when the policy is "online".
         writer: keeps the teacher's answers.
     """
 
     def __init__(
         self,
-        stores: Sequence[ZarrStore],
+        stores: Sequence[Store],
         recipe: Recipe,
         on_miss: OnMiss,
         teacher: Teacher | None = None,
-        writer: ShardWriter | None = None,
+        writer: Writer | None = None,
+        temperature: float | None = None,
     ) -> None:
         self.recipe = recipe
         self.on_miss = on_miss
-        self._stores = stores
+        self.temperature = recipe.temperatures[0] if temperature is None else temperature
+        self._stack = Stack(stores)
         self._teacher = teacher
         self._writer = writer
 
     def missing(self, sequences: Sequence[TokenSequence]) -> int:
-        """How many of these documents the stores have no answer for; reads no values."""
-        return sum(not self._holds(document_key(sequence.token_ids)) for sequence in sequences)
+        """How many of these documents have a trained position that the stores do not answer; reads no values."""
+        return sum(bool(s.trained[self._answered(s) :].any()) for s in sequences)
 
-    def answer(self, sequences: Sequence[TokenSequence]) -> tuple[list[SparseTargets | None], Count]:
-        """Targets of each document, or None where it has none by the run's policy.
+    def answer(self, sequences: Sequence[TokenSequence], epoch: int = 0) -> tuple[list[SparseTargets | None], Count]:
+        """Targets of each document by the run's policy: of all of its positions, of the first ones, or None.
+
+        Args:
+            epoch: which of several stored draws is read.
 
         Raises:
             MissingTargetsError: a miss under the policy "error".
             CorruptStoreError: a store's bytes are not those that were written.
         """
-        answers = [self._look_up(sequence) for sequence in sequences]
-        lost = [i for i, answer in enumerate(answers) if answer is None]
-        count = Count(
-            hits=sum(int(s.trained.sum()) for s, answer in zip(sequences, answers, strict=True) if answer is not None),
-            misses=sum(int(sequences[i].trained.sum()) for i in lost),
-        )
+        answers = [self._look_up(sequence, epoch) for sequence in sequences]
+        count, lost = Count(), []
+        for i, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
+            answered = 0 if answer is None else len(answer)
+            count += Count(int(sequence.trained[:answered].sum()), int(sequence.trained[answered:].sum()))
+            if sequence.trained[answered:].any():
+                lost.append(i)
         if lost and self.on_miss == "error":
             raise MissingTargetsError(
                 f"{sequences[lost[0]].where} is not in the store; "
@@ -79,7 +86,8 @@ class TargetSource:
             assert self._teacher is not None
             records = self._teacher.records([sequences[i].token_ids for i in lost], self.recipe)
             for i, record in zip(lost, records, strict=True):
-                answers[i] = self.recipe.read(record.records)
+                live, stored = self.recipe.read(record.records, self.temperature, epoch), answers[i]
+                answers[i] = live if stored is None else stored.followed_by(live)
             if self._writer is not None:
                 self._writer.append([record for record in records if record.key not in self._writer])
                 if sum(len(record.records) for record in self._writer.pending.values()) >= SHARD_POSITIONS:
@@ -91,16 +99,14 @@ class TargetSource:
         if self._writer is not None and self._writer.pending:
             self._writer.commit(list(self._writer.pending))
 
-    def _holds(self, key: bytes) -> bool:
-        return any(key in store for store in self._stores) or (self._writer is not None and key in self._writer)
+    def _answered(self, sequence: TokenSequence) -> int:
+        if self._writer is not None and document_key(sequence.token_ids) in self._writer:
+            return len(sequence.trained)
+        return self._stack.answered(sequence.token_ids)
 
-    def _look_up(self, sequence: TokenSequence) -> SparseTargets | None:
-        for store in self._stores:
-            targets = store.get(sequence.token_ids)
-            if targets is not None:
-                return targets
+    def _look_up(self, sequence: TokenSequence, epoch: int) -> SparseTargets | None:
         if self._writer is not None:
             kept = self._writer.pending.get(document_key(sequence.token_ids))
             if kept is not None:
-                return self.recipe.read(kept.records)
-        return None
+                return self.recipe.read(kept.records, self.temperature, epoch)
+        return self._stack.get(sequence.token_ids, self.temperature, epoch)

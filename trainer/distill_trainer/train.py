@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,13 @@ from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
 from logitstore.forward import logit_rows
+from logitstore.prefetch import prefetched
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
+from logitstore.targets import SparseTargets
+
+AHEAD = 2
+"""Batches whose targets are read while a step is computed."""
 
 
 @dataclass
@@ -120,17 +125,18 @@ def run_steps(
 ) -> None:
     """The loop: batch, targets, loss, step, metrics. `report` is kept up to date along the way."""
     head = distill_kernels.split_head(model)
-    losses = row_loss(source.recipe if source else None)
+    losses = row_loss(source.recipe, source.temperature) if source else row_loss(None)
     optimizer = optim.Adam(learning_rate=config.learning_rate, bias_correction=True)
     weighing = Weighing(config.alpha, config.miss_policy)
-    batches = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed)
+    answers = answered_batches(config, sequences, source)
+    if source is None or source.on_miss != "online":  # else two threads would share the GPU
+        answers = prefetched(answers, AHEAD)
     step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
 
-    with tqdm(total=config.iters, desc="train", unit="step", disable=config.quiet) as bar:
+    with closing(answers), tqdm(total=config.iters, desc="train", unit="step", disable=config.quiet) as bar:
         while report.steps < config.iters:
             started = time.perf_counter()
-            chosen = [sequences[i] for i in next(batches)]
-            targets, count = source.answer(chosen) if source else ([None] * len(chosen), Count())
+            chosen, targets, count = next(answers)
             report.count += count
             taught = count.hits + (count.misses if weighing.on_miss == "online" else 0)
             batch = collate(chosen, targets, weighing)
@@ -168,6 +174,15 @@ def run_steps(
             bar.update()
 
 
+def answered_batches(
+    config: TrainConfig, sequences: list[TokenSequence], source: TargetSource | None
+) -> Generator[tuple[list[TokenSequence], list[SparseTargets | None], Count]]:
+    """Endless batches of documents and their targets; each epoch reads the next of several stored draws."""
+    for epoch, numbers in epochs([len(s.trained) for s in sequences], config.batch_size, config.seed):
+        chosen = [sequences[i] for i in numbers]
+        yield chosen, *(source.answer(chosen, epoch) if source else ([None] * len(chosen), Count()))
+
+
 def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """Mean over trained positions of kd_weight · KL + ce_weight · CE; mean KL where there are targets; mean CE.
 
@@ -189,11 +204,12 @@ def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tup
     return loss, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
 
 
-def row_loss(recipe: Recipe | None) -> RowLoss:
+def row_loss(recipe: Recipe | None, temperature: float | None = None) -> RowLoss:
     """The loss that a selection serves: unbiased weights take the linear KL, a truncated teacher the tail bucket."""
     if recipe is None:
         return SparseKL()
-    return BucketKL(recipe.temperature) if recipe.selection.kind == "top-k" else SparseKL(recipe.temperature)
+    t = recipe.temperatures[0] if temperature is None else temperature
+    return SparseKL(t) if recipe.selection.unbiased else BucketKL(t)
 
 
 def say_coverage(

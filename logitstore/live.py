@@ -1,0 +1,124 @@
+"""The live teacher against what a store holds: the fidelity that a build keeps, and `logitstore verify --live`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from logitstore.contract import Store
+from logitstore.fidelity import Fidelity, FidelityMeter, agreement
+from logitstore.targets import SparseTargets
+from logitstore.teacher import Teacher
+
+SAMPLED_SHARE = 50
+"""One position in so many is asked again, within the limits below."""
+FEWEST, MOST = 256, 4096
+DOCUMENT_POSITIONS = 512
+"""Of a document no more than its beginning, so that the sample has many."""
+SEED = 0
+LEAST_EQUAL = 0.99
+"""Share of equal entries. A teacher's batch shapes differ in a few of ten thousand; another teacher in most."""
+
+
+def keep_fidelity(store: Store, teacher: Teacher, *, quiet: bool = False) -> None:
+    """Measure a seeded sample of the store's documents and keep the result in it, unless it is there already."""
+    documents = len(store)
+    if not documents or (store.fidelity or {}).get("documents") == documents:
+        return
+    room = min(max(store.positions // SAMPLED_SHARE, FEWEST), MOST)
+    order = np.random.default_rng(SEED).permutation(documents) if documents < 1 << 20 else _some(documents)
+    chosen = []
+    for number in order.tolist():
+        if room <= 0:
+            break
+        length = min(len(store.token_ids(number)) - 1, DOCUMENT_POSITIONS)
+        chosen.append((number, length))
+        room -= length
+    fidelity = measure(store, teacher, chosen, quiet=quiet)
+    rounded = {name: _rounded(value) for name, value in fidelity.to_json().items()}
+    store.save_fidelity(rounded | {"documents": documents})
+
+
+def measure(store: Store, teacher: Teacher, chosen: Iterable[tuple[int, int]], *, quiet: bool = False) -> Fidelity:
+    """How far documents lie from the live teacher, each as (number in the store, leading positions)."""
+    temperature = store.manifest.recipe.temperatures[0]
+    meter = FidelityMeter(teacher.vocab_size, temperature)
+    chosen = list(chosen)
+    with tqdm(total=sum(n for _, n in chosen), unit="tok", desc="fidelity", delay=2, leave=False, disable=quiet) as bar:
+        for number, positions in chosen:
+            token_ids, targets = store.document(number)
+            first = 0
+            for rows in teacher.logits(token_ids[: positions + 1]):
+                meter.add(rows, targets.rows(slice(first, first + len(rows))))
+                first += len(rows)
+                bar.update(len(rows))
+    return meter.result()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What `verify --live` found."""
+
+    documents: int
+    entries: int
+    equal_entries: int
+    positions: int
+    identical_positions: int
+    fidelity: Fidelity
+
+    @property
+    def ok(self) -> bool:
+        """Whether so many entries are equal as are where only the teacher's own rounding differs."""
+        return self.equal_entries >= LEAST_EQUAL * self.entries
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        return (
+            f"live: {self.documents:,} documents, {self.equal_entries:,} of {self.entries:,} entries equal the live "
+            f"teacher's, {self.identical_positions:,} of {self.positions:,} positions to the last bit\n"
+            + self.fidelity.to_text()
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON values."""
+        names = ("documents", "entries", "equal_entries", "positions", "identical_positions")
+        return {name: getattr(self, name) for name in names} | {"ok": self.ok, "fidelity": self.fidelity.to_json()}
+
+
+def replay(store: Store, teacher: Teacher, count: int, seed: int, *, quiet: bool = False) -> Replay:
+    """Ask the teacher again for some of the store's documents, chosen at random.
+
+    Raises:
+        IncompatibleStoreError: it is not the teacher that built the store.
+    """
+    recipe = store.manifest.recipe
+    store.manifest.require_compatible(teacher.manifest(recipe), store.path)
+    documents = min(count, len(store))
+    numbers = np.random.default_rng(seed).choice(len(store), documents, replace=False).tolist()
+    entries = equal = positions = identical = 0
+    meter = FidelityMeter(teacher.vocab_size, recipe.temperatures[0])
+    for number in tqdm(numbers, desc="live", unit="doc", disable=quiet):
+        token_ids, stored = store.document(number)
+        parts, first = [], 0
+        for rows in teacher.logits(token_ids):
+            meter.add(rows, stored.rows(slice(first, first + len(rows))))
+            parts.append(recipe.record(token_ids, rows, first))
+            first += len(rows)
+        live: SparseTargets = recipe.read(np.concatenate(parts))
+        found = agreement(stored, live)
+        entries, equal, identical = entries + found[0], equal + found[1], identical + found[2]
+        positions += len(stored)
+    return Replay(documents, entries, equal, positions, identical, meter.result())
+
+
+def _some(documents: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(SEED).integers(0, documents, 2 * MOST)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to six digits: what a machine's own arithmetic adds beyond them would make stores differ."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
