@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     attributes = unseal_group(root.read_bytes(), root)
     attributes["logitstore"]["format_version"] = 99
     root.write_bytes(seal_group(attributes))
-    world.build(folder / "warm.zarr", temperature=2.0)
+    world.build(folder / "warm.zarr", temperature=(2.0,))
     return world
 
 
@@ -131,11 +131,11 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         ("logitstore info " + 300 * "x", r"x cannot be used: File name too long; type another path"),
         # stores
         ("logitstore info {folder}/none.zarr", r"there is no store at .*; type `logitstore build"),
-        ("logitstore info {data}", r"data.jsonl is a file, a store is a folder; type"),
+        ("logitstore info {data}", r"data.jsonl is a file, a store is a folder"),
         ("logitstore verify {folder}/bare", r"bare is not a store.*; type"),
         ("logitstore inspect {folder}/newer.zarr", r"has format 99, .* reads format 1; type `pip install --upgrade"),
         ("logitstore inspect {store} --document 99", r"document 99 is not there: .* holds 0 .. 5; type --document"),
-        (BUILD + " --out {data}", r"data.jsonl is a file, a store is a folder; type"),
+        (BUILD + " --out {data}", r"data.jsonl is a file, a store is a folder"),
         (BUILD + " --out {folder}/bare", r"bare is not a store.*; type"),
         (BUILD + " --out {folder}/newer.zarr", r"has format 99"),
         (BUILD + " --out {data}/below.zarr", r"below.zarr.* cannot be written: (File exists|Not a directory)"),
@@ -150,7 +150,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --teacher {student}", r"built with teacher weights .*, this run has .*; type --teacher"),
         (
             TRAIN + " --temperature 2",
-            r"built at temperature 1, .* asks for 2; leave .* `logitstore build --temperature 2",
+            r"serves temperature 1, .* asks for 2; leave .* `logitstore build --temperature 2",
         ),
         (TRAIN + " --select top-k:4", r"built with --select threshold:16, .* `logitstore build --select top-k:4`"),
         (
@@ -158,6 +158,37 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
             r"built with tokenizer .* student .*foreign has .*; type --student .* or `logitstore build --teacher T",
         ),
         (TRAIN + " --max-seq-length 9", r"documents are not in the store \(is --max-seq-length 9 .*; type --teacher T"),
+        # moving stores
+        ("logitstore convert {folder}/none.zarr {new}.zip", r"there is no store at .*; type `logitstore build"),
+        (
+            "logitstore convert {store} {new}.tar",
+            r"does not tell what to make; type a path that ends in .zarr, .zip, .lmdb",
+        ),
+        ("logitstore convert {store} {store}", r"is to be read and to be written; type another path"),
+        ("logitstore convert {store} {store}/x.zip", r"lies inside .*, which is a store; type"),
+        ("logitstore convert {store} {folder}/warm.zarr", r"warm.zarr was built with temperature 2"),
+        ("logitstore convert {store} {data}/below.zip", r"below.zip cannot be written: (File exists|Not a directory)"),
+        ("logitstore convert {folder}/newer.zarr {new}.zarr", r"has format 99"),
+        ("logitstore merge {store} {folder}/warm.zarr {new}.zarr", r"with temperature 1.0, .*warm.zarr with 2.0; only"),
+        ("logitstore merge {store} {folder}/bare {new}.zarr", r"bare is not a store"),
+        ("logitstore gc {folder}/bare", r"bare is not a store"),
+        ("logitstore export {store} {new}.csv", r"type a path that ends in .parquet"),
+        ("logitstore export {store} {new}.parquet --temperature 3", r"serves temperature 1, .* asks for 3"),
+        ("logitstore export {store} {data}/below.parquet", r"cannot be written: (File exists|Not a directory)"),
+        ("logitstore stats {folder}/none.zarr", r"there is no store at"),
+        ("logitstore stats {store} --html {data}/below.html", r"cannot be written: (File exists|Not a directory)"),
+        ("logitstore verify {store} --live 3", r"--live asks the teacher again; type --teacher T"),
+        ("logitstore verify {store} --teacher {teacher}", r"nothing to do; type --live N, or --repair"),
+        ("logitstore verify {store} --repair --dataset {data}", r"type --repair --teacher T with it"),
+        ("logitstore verify {store} --live 3 --teacher {student}", r"built with teacher weights .*, this run has"),
+        ("logitstore verify {store} --repair --teacher {student}", r"built with teacher weights .*, this run has"),
+        ("logitstore verify {store} --repair --teacher {folder}/none", r"no model at .*; expected a directory"),
+        ("logitstore verify {folder}/none.zarr --repair --teacher {teacher}", r"there is no store at"),
+        ("logitstore verify {data} --repair", r"is no folder, and only folders can be repaired"),
+        (
+            "logitstore import {data} --format best --out {new}.zarr --teacher T --tokenizer {teacher}",
+            r"format 'best' is not known; type one of: distillkit",
+        ),
         # numbers
         (BUILD + " --select threshold:0", r"keeps 0 entries; type"),
         (
@@ -290,16 +321,16 @@ def test_a_folder_without_write_permission_is_told_in_one_line(world: World, tmp
 
 def test_a_store_that_is_damaged_is_refused_and_verify_names_the_file(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.store, tmp_path / "s.zarr")
-    (records,) = (tmp_path / "s.zarr" / "shards").glob("*/records/c/0/0")
-    data = bytearray(records.read_bytes())
+    (entries,) = (tmp_path / "s.zarr" / "shards").glob("*/entries-0/c/0/0")
+    data = bytearray(entries.read_bytes())
     data[len(data) // 2] ^= 1
-    records.write_bytes(data)
+    entries.write_bytes(data)
     train = run(filled(TRAIN, world, tmp_path / "o").replace(str(world.store), f"{tmp_path}/s.zarr"))
-    assert "records" in error_of(train)
+    assert "entries-0" in error_of(train)
     assert not (tmp_path / "o").exists()
     report = run(f"logitstore verify --json {tmp_path}/s.zarr")
     assert report.exit_code == 1
-    assert [p["file"] for p in json.loads(report.stdout)["problems"]] == [str(records.relative_to(tmp_path / "s.zarr"))]
+    assert [p["file"] for p in json.loads(report.stdout)["problems"]] == [str(entries.relative_to(tmp_path / "s.zarr"))]
 
 
 def test_a_store_that_fails_in_the_middle_loses_nothing_of_what_was_learned(

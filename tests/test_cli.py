@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from distill_cli import distill_train, logitstore
 from distill_trainer.config import TrainConfig
 from logitstore.build import BuildConfig
-from logitstore.store import open_store
+from logitstore.store import create_store, open_store
 from logitstore.verify import verify
 from tests.runs import World, make_world
+from tests.stores import VOCABULARY, manifest, records
 
 COMMANDS = {"logitstore": "distill_cli.logitstore", "distill-train": "distill_cli.distill_train"}
 
@@ -213,3 +214,45 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(
     assert result.exit_code == 130
     assert result.stderr.startswith("\nStopped. No student was saved; type the same command again")
     assert not (tmp_path / "o").exists()
+
+
+def test_stats_are_text_json_and_one_page(world: World, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code, out, err = finish(start("logitstore", "stats", world.store, "--html", page, "--quiet"))
+    assert (code, err) == (0, "")
+    assert "documents" in out and "fidelity: stored against" in out
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    code, out, err = finish(start("logitstore", "stats", world.store, "--json"))
+    assert (code, err) == (0, "")
+    assert json.loads(out)["documents"] == 6
+
+
+def test_a_store_goes_from_kind_to_kind_and_out(world: World, tmp_path: Path) -> None:
+    for line in (
+        ("convert", world.store, tmp_path / "a.zip"),
+        ("convert", tmp_path / "a.zip", tmp_path / "a.lmdb"),
+        ("merge", world.store, tmp_path / "a.zip", tmp_path / "a.lmdb", tmp_path / "b.zarr"),
+        ("gc", tmp_path / "b.zarr", "--dry-run"),
+        ("export", tmp_path / "b.zarr", tmp_path / "a.parquet"),
+        ("verify", tmp_path / "b.zarr", "--repair"),
+        ("info", tmp_path / "a.zip"),
+    ):
+        result = CliRunner().invoke(logitstore.main, [str(word) for word in line])
+        assert result.exit_code == 0, result.output
+        assert "6 documents" in result.stdout or line[0] == "gc"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.lmdb", "a.lmdb-lock", "a.parquet", "a.zip", "b.zarr"]
+
+
+def test_ctrl_c_in_a_conversion_says_how_to_go_on_and_the_same_command_finishes(tmp_path: Path) -> None:
+    store = create_store(tmp_path / "a.zarr", manifest(), VOCABULARY)
+    with store.writer("build") as writer:
+        for seed in range(3):
+            writer.append(records([250] * 100, seed=seed))
+        writer.commit(list(writer.pending))
+    line = ("convert", tmp_path / "a.zarr", tmp_path / "b.zip", "--quiet")
+    code, _, err = interrupt_when(start("logitstore", *line), (tmp_path / ".unzipped-b.zip").exists)
+    assert (code, err.strip()) == (130, "Stopped. What is finished is kept; type the same command to go on.")
+    assert not (tmp_path / "b.zip").exists()
+    code, out, _ = finish(start("logitstore", *line))
+    assert code == 0 and "300 documents" in out
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

@@ -21,7 +21,10 @@ MAY_IMPORT = {
     "distill_cli": {"distill_trainer", "logitstore", "distill_kernels"},
 }
 ONLY_IN = {
-    "zarr": {"logitstore.zarr_store"},
+    "zarr": {"logitstore.zarr_arrays"},
+    "zstandard": {"logitstore.chunks"},
+    "lmdb": {"logitstore.lmdb_file"},
+    "obstore": {"logitstore.remote_files"},
     "click": {"distill_cli.*"},
     "mlx_lm": {"logitstore.model", "logitstore.gguf", "distill_trainer.student"},
     "datasets": {"logitstore.documents"},
@@ -36,6 +39,7 @@ NEED_MLX = {
         "gguf",
         "gguf_metadata",
         "gguf_tokenizer",
+        "live",
         "model",
         "teacher",
     )

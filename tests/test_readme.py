@@ -5,7 +5,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLDERS = ("logitstore", "kernels/distill_kernels", "trainer/distill_trainer", "cli/distill_cli", "tools")
+FOLDERS = (
+    "logitstore",
+    "logitstore/foreign",
+    "kernels/distill_kernels",
+    "trainer/distill_trainer",
+    "cli/distill_cli",
+    "tools",
+)
 
 
 def test_the_file_tree_names_every_file_and_no_other() -> None:

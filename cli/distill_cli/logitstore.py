@@ -7,10 +7,27 @@ from typing import Any
 
 import click
 
+from distill_cli import moving
 from distill_cli.outcome import one_line_errors, say_blas
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
+READ = click.argument("store")  # as it was typed: it may be a URL
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+TEACHER = "An mlx-lm model folder, a .gguf file, or a hub id."
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers with commas between them: a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[float, ...]:
+        """Read what was typed."""
+        try:
+            return value if isinstance(value, tuple) else tuple(float(number) for number in value.split(","))
+        except ValueError:
+            flag = param.opts[0] if param else ""
+            self.fail(f"{value!r} is not a list of numbers; type {flag} 1,2", param, context)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -20,13 +37,27 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--teacher", required=True, help="An mlx-lm model folder, a .gguf file, or a hub id.")
+@click.option("--teacher", required=True, help=TEACHER)
 @click.option("--dataset", required=True, help="A .jsonl or .parquet file, an mlx-lm data folder, or a hub dataset.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The store: begun, extended or finished.")
 @click.option("--adapter-path", help="A LoRA adapter of the teacher.")
 @click.option("--split", default="train", show_default=True, help="Which split of a data folder or hub dataset.")
-@click.option("--select", default="threshold:16", show_default=True, help="What is kept: threshold:k or top-k:K.")
-@click.option("--temperature", default=1.0, show_default=True, help="The teacher's softmax temperature.")
+@click.option(
+    "--select",
+    default="threshold:16",
+    show_default=True,
+    help="What is kept: threshold:k, random:N[:EXPONENT], top-k:K or top-p:P:K.",
+)
+@click.option(
+    "--temperature",
+    type=Numbers(),
+    default=(1.0,),
+    show_default="1",
+    help="Softmax temperatures, as in 1,2: entries for each.",
+)
+@click.option("--replicas", default=1, show_default=True, help="Independent draws, which epochs rotate through.")
+@click.option("--tail-log-probs", is_flag=True, help="Keep the tail entries' own log-probs, for losses beyond KL.")
+@click.option("--log-z", type=Numbers(), default=(), help="Temperatures, as in 1,2,4: top-k can be read at them too.")
 @click.option("--max-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
 @click.option("--batch-tokens", default=2048, show_default=True, help="Padded tokens in one teacher batch.")
 @click.option("--limit", type=int, help="Only the first N documents.")
@@ -84,9 +115,9 @@ def _duration(elapsed_s: float) -> str:
 
 
 @main.command()
-@STORE
+@READ
 @JSON
-def info(store: Path, as_json: bool) -> None:
+def info(store: str, as_json: bool) -> None:
     """Print what a store holds and what made it."""
     with one_line_errors("Nothing was changed."):
         from logitstore.info import info as read
@@ -100,34 +131,118 @@ def info(store: Path, as_json: bool) -> None:
 @main.command()
 @STORE
 @JSON
+@click.option("--repair", "mend", is_flag=True, help="Quarantine what is damaged; with a teacher, compute it again.")
+@click.option("--live", type=click.IntRange(min=1), help="Ask the teacher again for N documents chosen at random.")
+@click.option("--teacher", help=f"For --live and --repair, the one that built the store. {TEACHER}")
+@click.option("--adapter-path", help="A LoRA adapter of the teacher.")
+@click.option("--dataset", help="For --repair: the dataset that the store was built from, where tokens are lost too.")
+@click.option("--split", default="train", show_default=True, help="Which split of it.")
+@click.option("--max-length", default=2048, show_default=True, help="At which its documents were cut.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which documents --live chooses."
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def verify(store: Path, as_json: bool, quiet: bool) -> None:
-    """Check every byte of a store; exit code 1 and the names of what is bad."""
-    with one_line_errors("Nothing was changed."):
+def verify(
+    store: Path,
+    as_json: bool,
+    mend: bool,
+    live: int | None,
+    teacher: str | None,
+    adapter_path: str | None,
+    dataset: str | None,
+    split: str,
+    max_length: int,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Check every byte of a store; exit code 1 and the names of what is bad.
+
+    With --repair, what is bad afterwards. With --live, exit code 1 too where less than 99 % of the entries are equal.
+    """
+    quiet = quiet or as_json
+    facts: dict[str, Any] = {}
+    with one_line_errors("Nothing that is good was changed; type the same command to go on."):
+        if live and not teacher:
+            raise click.UsageError("--live asks the teacher again; type --teacher T.")
+        if teacher and not (live or mend):
+            raise click.UsageError("--teacher has nothing to do; type --live N, or --repair.")
+        if dataset and not (mend and teacher):
+            raise click.UsageError("--dataset has nothing to do; type --repair --teacher T with it.")
         from logitstore.verify import to_json
         from logitstore.verify import verify as check
 
-        report = check(store, quiet=quiet or as_json)
+        asked: Any = _teacher(store, teacher, adapter_path, quiet) if teacher else None
+        if mend:
+            from logitstore.repair import repair
+
+            done = repair(store, asked, dataset=dataset, split=split, max_length=max_length, quiet=quiet)
+            facts["repair"] = done.to_json()
+            if not as_json:
+                click.echo(done.to_text(), nl=False)
+        report = check(store, quiet=quiet)
+        facts = to_json(report) | facts
+        replay = None
+        if live and not report.problems:
+            from logitstore.live import replay as ask
+            from logitstore.store import open_store
+
+            replay = ask(open_store(store), asked, live, seed, quiet=quiet)
+            facts["live"] = replay.to_json()
     if as_json:
-        click.echo(json.dumps(to_json(report), indent=1))
+        click.echo(json.dumps(facts, indent=1))
     else:
         for problem in report.problems:
             click.echo(f"{problem.file}: {problem.fault}")
         verdict = f"{len(report.problems)} problem(s)" if report.problems else "all good"
         click.echo(f"{report.files:,} files, {report.documents:,} documents, {report.positions:,} positions: {verdict}")
-    sys.exit(1 if report.problems else 0)
+        if replay is not None:
+            click.echo(replay.to_text())
+    sys.exit(1 if report.problems or (replay is not None and not replay.ok) else 0)
+
+
+def _teacher(store: Path, source: str, adapter_path: str | None, quiet: bool) -> Any:
+    from logitstore.store import files_of, is_lmdb_store
+
+    if not is_lmdb_store(store):
+        files_of(store)  # a path that is none is told before a teacher is loaded
+    say_blas()
+    from logitstore.teacher import Teacher
+
+    return Teacher(source, adapter_path, quiet=quiet)
 
 
 @main.command()
-@STORE
+@READ
 @click.option("--document", "number", default=0, show_default=True, help="Which document, from 0.")
 @click.option(
     "--candidates", type=click.IntRange(min=1), default=6, show_default=True, help="How many candidates to show."
 )
-def inspect(store: Path, number: int, candidates: int) -> None:
+def inspect(store: str, number: int, candidates: int) -> None:
     """Show a document's positions and the candidates kept for each."""
     with one_line_errors("Nothing was changed."):
         from logitstore.inspect import inspect as lines
         from logitstore.store import open_store
 
         click.echo_via_pager("\n".join(lines(open_store(store), number, candidates)))
+
+
+@main.command()
+@READ
+@JSON
+@click.option("--html", type=click.Path(path_type=Path), help="Write one page with plots to this file.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def stats(store: str, as_json: bool, html: Path | None, quiet: bool) -> None:
+    """Show what a store's targets look like: size, fidelity and histograms."""
+    with one_line_errors("Nothing was changed; type the same command again."):
+        from logitstore.stats import to_json, to_text
+        from logitstore.store import open_store
+        from logitstore.store_stats import of_store, save_html
+
+        found = of_store(open_store(store), quiet=quiet or as_json)
+        if html:
+            save_html(found, html.expanduser())
+        click.echo(json.dumps(to_json(found), indent=1) if as_json else to_text(found))
+
+
+for command in moving.COMMANDS:
+    main.add_command(command)

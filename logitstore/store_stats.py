@@ -1,0 +1,40 @@
+"""`stats` of a store: reads its documents once, in its own order, and writes the page."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from logitstore.contract import Store
+from logitstore.replaced import replaced
+from logitstore.stats import StoreStats, collect, to_html
+
+
+def of_store(store: Store, *, quiet: bool = False) -> StoreStats:
+    """Go once over all documents of a store.
+
+    Raises:
+        CorruptStoreError: the bytes are not those that were written.
+    """
+    manifest = store.manifest
+    recipe = manifest.recipe
+    about = {
+        "teacher": manifest.teacher.name,
+        "selection": str(recipe.selection),
+        "temperature": ", ".join(f"{t:g}" for t in recipe.temperatures),
+        "fingerprint": manifest.fingerprint,
+    }
+    if manifest.imported:
+        about |= {"imported from": manifest.imported, "unknown": ", ".join(manifest.unknown) or "nothing"}
+    numbers = tqdm(range(len(store)), unit="doc", desc="stats", delay=1, leave=False, disable=quiet)
+    name = Path(str(store.path).rstrip("/")).name
+    return collect(map(store.document, numbers), store.plane_bytes(), store.fidelity, name=name, about=about)
+
+
+def save_html(stats: StoreStats, path: Path) -> None:
+    """Write the page; one that is there is replaced.
+
+    Raises:
+        StoreWriteError: full disk or no permission.
+    """
+    with replaced(path) as file:
+        file.write(to_html(stats).encode())

@@ -1,0 +1,145 @@
+"""What no reader needs goes; what a running writer holds, what is in no shard yet, and what nobody knows stays."""
+
+import os
+import shutil
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from logitstore.entries import shard_name
+from logitstore.gc import gc
+from logitstore.journal import ShardWriter
+from logitstore.merge import convert
+from logitstore.recipe import DocumentRecord
+from logitstore.store import open_store
+from logitstore.verify import verify
+from logitstore.zarr_store import ZarrStore
+from tests.stores import contents, records, small_store
+from tests.test_convert import held
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ZarrStore:
+    made = small_store(tmp_path / "s.zarr", 2)
+    made.save_index()
+    made.save_fidelity({"documents": 6})
+    return made
+
+
+def left(path: Path, data: bytes = b"half") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def journal_of(store: ZarrStore, name: str, seed: int, *, committed: bool) -> None:
+    """What a writer leaves that was killed after it had appended, or after it had written the shard."""
+    journal = store.folder / f".journal-{name}"
+    with pytest.raises(KeyboardInterrupt), ShardWriter(store, name) as writer:
+        writer.append(records([12, 5], seed=seed))
+        data = journal.read_bytes()
+        if committed:
+            writer.commit(list(writer.pending))
+        journal.write_bytes(data)
+        raise KeyboardInterrupt
+
+
+def test_a_store_that_nobody_was_killed_in_stays_as_it_is(store: ZarrStore, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    report = gc(store.folder)
+    assert (report.removed, report.kept, report.freed_bytes) == ([], [], 0)
+    assert contents(tmp_path) == before
+
+
+def test_what_killed_writers_left_is_listed_first_and_then_removed(store: ZarrStore, tmp_path: Path) -> None:
+    journal_of(store, "build", 5, committed=True)
+    before, found = contents(tmp_path), held(store.folder)
+    old = left(store.folder / "fidelity" / ".partial-1")
+    os.utime(old, (0, 0))
+    leftovers = [
+        left(store.folder / "shards" / ".partial-build" / "documents" / "c"),
+        left(store.folder / "shards" / ".partial-other" / "documents" / "c"),
+        left(store.folder / ".partial-index-12" / "keys"),
+        left(tmp_path / ".partial-s.zarr-12" / "zarr.json"),
+        old,
+    ]
+    with_leftovers = contents(tmp_path)
+    names = {
+        ".partial-build",
+        ".partial-other",
+        ".journal-build",
+        ".partial-index-12",
+        ".partial-s.zarr-12",
+        ".partial-1",
+    }
+    listed = gc(store.folder, dry_run=True)
+    assert {leftover.path.name for leftover in listed.removed} == names
+    assert contents(tmp_path) == with_leftovers
+    report = gc(store.folder)
+    assert report == listed and report.freed_bytes > 4 * len(leftovers)
+    assert contents(tmp_path) == {k: v for k, v in before.items() if ".journal" not in k}
+    assert held(store.folder) == found and verify(store.folder, quiet=True).problems == []
+    assert gc(store.folder).removed == []
+
+
+def test_documents_that_are_in_no_shard_yet_stay(store: ZarrStore) -> None:
+    journal_of(store, "build", 5, committed=False)
+    report = gc(store.folder)
+    assert report.removed == []
+    assert [kept.why for kept in report.kept] == [
+        "holds 2 documents that are in no shard yet; type its command again to go on"
+    ]
+    with ShardWriter(store, "build") as writer:
+        assert len(writer.pending) == 2
+        writer.commit(list(writer.pending))
+
+
+def test_what_a_running_writer_holds_stays(store: ZarrStore) -> None:
+    partial = left(store.folder / "shards" / ".partial-build" / "c")
+    young = left(store.folder / "fidelity" / ".partial-1")
+    with ShardWriter(store, "build"):
+        report = gc(store.folder)
+        assert report.removed == [] and {kept.why for kept in report.kept} == {"a running writer holds it"}
+    assert partial.exists() and young.exists()
+    assert [leftover.path.name for leftover in gc(store.folder).removed] == [".partial-build"]
+
+
+def name_of(documents: Sequence[DocumentRecord]) -> str:
+    return shard_name(b"".join(document.key for document in documents))
+
+
+def test_shards_that_repeat_others_go_and_the_index_is_written_again(store: ZarrStore, tmp_path: Path) -> None:
+    later = (
+        p for n in (1, 2, 3) for p in permutations(map(store.record, range(3)), n) if name_of(p) > store.shard_names[0]
+    )
+    again = next(later)  # documents of the first shard, under a name that comes after it
+    shutil.copytree(store.folder, tmp_path / "t.zarr")
+    found, shards = held(store.folder), len(store.shard_names)
+    store.write_documents(again)
+    store.save_index()
+    report = gc(store.folder)
+    assert len(report.removed) == 1 and "in other shards" in report.removed[0].why
+    assert open_store(store.folder).shard_count == shards and held(store.folder) == found
+    assert verify(store.folder, quiet=True).problems == []
+    assert set(contents(store.folder)) == set(contents(tmp_path / "t.zarr"))
+
+
+def test_strays_and_quarantined_shards_are_not_its_business(store: ZarrStore) -> None:
+    stray = left(store.folder / "notes.txt")
+    aside = left(store.folder / "shards" / ".quarantine-0011223344556677" / "zarr.json")
+    report = gc(store.folder)
+    assert report.removed == [] and "quarantined" in report.kept[0].why
+    assert stray.exists() and aside.exists()
+
+
+def test_locks_beside_an_lmdb_file_and_what_was_to_become_a_zip_file_go(store: ZarrStore, tmp_path: Path) -> None:
+    for suffix in ("lmdb", "zip"):
+        convert(store.folder, tmp_path / f"b.{suffix}", quiet=True)
+    left(tmp_path / ".b.lmdb-build")
+    left(tmp_path / ".unzipped-b.zip" / "zarr.json")
+    with open_store(tmp_path / "b.lmdb").writer("other"):
+        assert [leftover.path.name for leftover in gc(tmp_path / "b.lmdb").removed] == [".b.lmdb-build"]
+    assert [leftover.path.name for leftover in gc(tmp_path / "b.zip").removed] == [".unzipped-b.zip"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
