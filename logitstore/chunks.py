@@ -9,6 +9,7 @@ zarr-python and tensorstore read the same files; the tests hold them to it.
 """
 
 import struct
+import threading
 from collections.abc import Iterable
 
 import google_crc32c
@@ -22,6 +23,7 @@ ZSTD_LEVEL = 1
 """With a block for each stream what is left is entropy, not repetition: 23.4 bytes a token at level 1, 23.3 at 19."""
 MOST_BYTES = 1 << 30
 CRC = struct.Struct("<I")
+_THREAD = threading.local()
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -52,9 +54,17 @@ def unpack(packed: bytes, size: int, *, at_most: bool = False) -> Bytes:
         found = zstandard.frame_content_size(frame)
         if not (0 <= found <= size if at_most else found == size):
             raise ValueError(f"a chunk of {found:,} bytes instead of {size:,}")
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), np.uint8)
+        return np.frombuffer(_decompressor().decompress(frame), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(f"its compression is broken ({error})") from error
+
+
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own: to make one takes as long as a small chunk."""
+    if not hasattr(_THREAD, "decompressor"):
+        _THREAD.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _THREAD.decompressor
+    return found
 
 
 def checked(data: bytes) -> bytes:

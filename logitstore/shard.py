@@ -168,8 +168,16 @@ class Shard:
         Raises:
             CorruptStoreError: the bytes are not those that were written.
         """
-        ranks, form = self.ranks, self._recipe.form
-        return self._decoding(f"entries-{number}", lambda: streams.from_parts(self._parts(number, spans), form, ranks))
+        parts, ranks = self.parts(number, spans)
+        return self._decoding(f"entries-{number}", lambda: streams.from_parts(parts, self._recipe.form, ranks))
+
+    def parts(self, number: int, spans: Sequence[tuple[int, int]]) -> tuple[list[streams.Part], Ranks]:
+        """The same before it is decoded, which documents of several shards are together.
+
+        Raises:
+            CorruptStoreError: the bytes are not those that were written.
+        """
+        return self._decoding(f"entries-{number}", lambda: self._parts(number, spans)), self.ranks
 
     def positions(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
         """What is kept beside the entries at rows start .. stop - 1 [n, position width], and the tokens that followed

@@ -15,6 +15,7 @@ Ranks are ids numbered by how often the shard stores them (`Ranks`). Reading tak
 others.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -197,12 +198,22 @@ class Part(NamedTuple):
     tail_ids: Varints | None
 
 
-def from_parts(parts: list[Part], form: Form, ranks: Ranks) -> Codes:
+def from_parts(parts: Sequence[Part], form: Form, ranks: Ranks) -> Codes:
     """Decode parts of one shard's chunks, one after another.
 
     Raises:
         ValueError: an id beyond the vocabulary.
     """
+    return from_shards([(parts, ranks)], form)
+
+
+def from_shards(shards: Sequence[tuple[Sequence[Part], Ranks]], form: Form) -> Codes:
+    """Decode parts of several shards' chunks at once, one after another.
+
+    Raises:
+        ValueError: an id beyond the vocabulary.
+    """
+    parts = [part for some, _ in shards for part in some]
     k = form.selection.k
     head_count = np.concatenate([part.head_count for part in parts])
     n, slots = len(head_count), np.arange(k, dtype=np.uint32)
@@ -228,7 +239,11 @@ def from_parts(parts: list[Part], form: Form, ranks: Ranks) -> Codes:
         if form.tail_log_probs:
             codes[in_tail] = _joined([part.tail_values for part in parts])
             np.add(anchor[:, None], codes, out=codes, where=in_tail)
-    ids = ranks.ids(np.cumsum(steps, axis=1, dtype=np.uint32))
+    ids, at = np.cumsum(steps, axis=1, dtype=np.uint32), 0
+    for some, ranks in shards:
+        rows = slice(at, at + sum(len(part.head_count) for part in some))
+        ids[rows] = ranks.ids(ids[rows])
+        at = rows.stop
     if not form.sampled_tail:
         ids[~in_head] = 0
     ids, codes = by_id(ids, codes, head_count)

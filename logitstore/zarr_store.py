@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from logitstore.catalog import Catalog
 from logitstore.chunks import unpack
-from logitstore.codec import Codes
+from logitstore.codec import Codes, concatenated
 from logitstore.durable import alone_in, cannot_write, publish, sync
 from logitstore.entries import damaged, read_root, shard_name
 from logitstore.errors import CorruptStoreError, StoreWriteError
@@ -26,6 +26,7 @@ from logitstore.recipe import DocumentRecord
 from logitstore.sealed import GROUP, file_digest, file_entries, file_problems, read_group, seal_group, unseal_group
 from logitstore.shard import Shard, write_shard
 from logitstore.stored_index import FOLDER
+from logitstore.streams import from_shards
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
 
@@ -188,9 +189,8 @@ class ZarrStore:
     def codes(
         self, documents: Sequence[npt.NDArray[np.integer]], temperature: float | None = None, replica: int = 0
     ) -> list[Codes | None]:
-        """See `contract.Store`. Documents of one shard are read together."""
-        number = self.manifest.recipe.set_number(temperature, replica)
-        answers: list[Codes | None] = [None] * len(documents)
+        """See `contract.Store`. All are decoded together."""
+        number, form = self.manifest.recipe.set_number(temperature, replica), self.manifest.recipe.form
         by_shard: dict[str, list[tuple[int, tuple[int, int]]]] = {}
         for i, token_ids in enumerate(documents):
             place = self.catalog.locate(token_ids)
@@ -198,12 +198,18 @@ class ZarrStore:
                 shard, document, count = place
                 start, _ = shard.span(document)
                 by_shard.setdefault(shard.name, []).append((i, (start, start + count)))
-        for name, asked in by_shard.items():
-            found = self.shard(name).codes(number, [span for _, span in asked])
-            at = 0
-            for i, (start, stop) in asked:
-                answers[i] = found.rows(slice(at, at + stop - start))
-                at += stop - start
+        answers: list[Codes | None] = [None] * len(documents)
+        if not by_shard:
+            return answers
+        spans = {name: [span for _, span in asked] for name, asked in by_shard.items()}
+        try:
+            found = from_shards([self.shard(name).parts(number, spans[name]) for name in spans], form)
+        except ValueError:
+            found = concatenated([self.shard(name).codes(number, spans[name]) for name in spans])  # tells which it is
+        at = 0
+        for i, (start, stop) in (asked for some in by_shard.values() for asked in some):
+            answers[i] = found.rows(slice(at, at + stop - start))
+            at += stop - start
         return answers
 
     def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
