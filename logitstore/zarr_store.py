@@ -169,20 +169,7 @@ class ZarrStore:
         return planes
 
     def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
-        """Look a document up by its token ids [L]; None is a miss.
-
-        A document that begins as a stored one, for at least 32 tokens, is answered as far as they agree: wholly where
-        it is cut shorter, else at fewer positions than L - 1.
-
-        Args:
-            temperature: by default the store's first.
-            replica: which of several draws, counted modulo how many there are.
-
-        Raises:
-            ConfigError: the store does not serve this temperature.
-            CorruptStoreError: the bytes are not those that were written.
-            ValueError: no row of token ids.
-        """
+        """Look a document up by its token ids [L]; None is a miss. See `contract.Store`."""
         place = self.catalog.locate(np.asarray(token_ids))
         return None if place is None else self._read(*place, temperature, replica)
 
