@@ -6,6 +6,7 @@ documents where the index does not know it yet.
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,8 @@ class ZarrStore:
             plane = (
                 "metadata" if parts[-1] == GROUP else parts[2] if len(parts) > 2 and parts[0] == "shards" else parts[0]
             )
-            planes[plane] = planes.get(plane, 0) + self.files.size(name)
+            with suppress(FileNotFoundError):  # another process has replaced the index since
+                planes[plane] = planes.get(plane, 0) + self.files.size(name)
         return planes
 
     def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
@@ -253,14 +255,18 @@ class ZarrStore:
         partial = final.with_name(f".partial-{uuid4().hex}")
         try:
             final.parent.mkdir(exist_ok=True)
-            try:
-                partial.write_bytes(seal_group(fidelity))
-                sync(partial)
-                partial.rename(final)
-                sync(final.parent)
-                sync(self.folder)
-            finally:
-                partial.unlink(missing_ok=True)
+            with alone_in(self.folder) as alone:
+                if alone:  # then what lies there is of a process that was killed
+                    for left in final.parent.glob(".partial-*"):
+                        left.unlink()
+                try:
+                    partial.write_bytes(seal_group(fidelity))
+                    sync(partial)
+                    partial.rename(final)
+                    sync(final.parent)
+                    sync(self.folder)
+                finally:
+                    partial.unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         if isinstance(self.files, LocalFiles):

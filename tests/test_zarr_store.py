@@ -294,3 +294,20 @@ def test_what_a_killed_writer_left_is_replaced_by_its_next_shard(tmp_path: Path)
     assert len(open_store(tmp_path / "s")) == 3
     store.write_documents(records([9], seed=5), "build")
     assert not left.exists() and len(open_store(tmp_path / "s")) == 4
+
+
+def test_what_a_kill_left_of_a_measurement_goes_with_the_next_one(tmp_path: Path) -> None:
+    store = small_store(tmp_path / "s", shards=1)
+    (tmp_path / "s" / "fidelity").mkdir()
+    (tmp_path / "s" / "fidelity" / ".partial-1234").write_text("{")
+    store.save_fidelity({"documents": 3})
+    assert names(tmp_path / "s" / "fidelity") == [GROUP] and open_store(tmp_path / "s").fidelity == {"documents": 3}
+
+
+def test_the_size_of_a_store_is_told_while_its_index_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_store(tmp_path / "s", shards=1)
+    there = store.files.names()
+    monkeypatch.setattr(store.files, "names", lambda: [*there, "index/keys/c/0"])
+    assert store.disk_bytes == sum(map(len, contents(tmp_path / "s").values()))
