@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from logitstore.errors import ConfigError, CorruptStoreError, LogitstoreError, StoreFormatError, first_line
 from logitstore.files import Files
 from logitstore.manifest import Manifest
 from logitstore.sealed import GROUP, FileEntries, are_file_entries, read_group, unseal_group
+from logitstore.vocabulary import Vocabulary
 
 MOST_POSITIONS = 1 << 28
 """Of one shard: a thousand times what a build puts into one. It bounds what its small files may unpack to."""
@@ -65,6 +67,17 @@ def read_root(files: Files, where: object) -> Root:
             found = "is a Zarr group, but not a logitstore" if data else f"is not a store: it has no {GROUP}"
             raise StoreFormatError(f"{where} {found}; {type_this}")
     return root_of(data, path, where)
+
+
+def root_attributes(manifest: Manifest, vocabulary: Vocabulary, files: FileEntries) -> dict[str, Any]:
+    """What a store's root says; `root_of` reads it back."""
+    return {
+        "logitstore": manifest.to_json(),
+        "special_ids": sorted(vocabulary.special_ids),
+        "bos_id": vocabulary.bos_id,
+        "eos_id": vocabulary.eos_id,
+        "files": files,
+    }
 
 
 def root_of(data: bytes, path: object, where: object) -> Root:

@@ -23,7 +23,7 @@ from logitstore import streams
 from logitstore.chunks import pack, unpack
 from logitstore.codec import Codes
 from logitstore.durable import alone_in, cannot_write, sync
-from logitstore.entries import root_of
+from logitstore.entries import root_attributes, root_of
 from logitstore.errors import CorruptStoreError, StoreNotFoundError
 from logitstore.index import block_ends, common_length, key_hash
 from logitstore.key import document_key
@@ -87,17 +87,10 @@ class LmdbStore:
             StoreError: what another process has begun there cannot be opened.
         """
         beside = f".partial-{path.name}-"
-        root = {
-            "logitstore": manifest.to_json(),
-            "special_ids": sorted(vocabulary.special_ids),
-            "bos_id": vocabulary.bos_id,
-            "eos_id": vocabulary.eos_id,
-            "files": {},
-        }
         lengths = np.array([len(token) for token in vocabulary.tokens], "<u4").view(np.uint8)
         data = np.frombuffer(b"".join(vocabulary.tokens), np.uint8)
         entries = {
-            ROOT: seal_group(root),
+            ROOT: seal_group(root_attributes(manifest, vocabulary, {})),
             VOCABULARY + b"lengths": pack([lengths], level=VOCABULARY_LEVEL),
             VOCABULARY + b"bytes": pack([data], level=VOCABULARY_LEVEL),
         }

@@ -19,7 +19,7 @@ from logitstore.catalog import Catalog
 from logitstore.chunks import unpack
 from logitstore.codec import Codes, concatenated
 from logitstore.durable import alone_in, cannot_write, publish, sync
-from logitstore.entries import damaged, read_root, shard_name
+from logitstore.entries import damaged, read_root, root_attributes, shard_name
 from logitstore.errors import CorruptStoreError, StoreWriteError
 from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.manifest import Manifest
@@ -379,11 +379,5 @@ def _write_root(path: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
     write_array(path / "vocabulary", "bytes", data, level=VOCABULARY_LEVEL)
     lengths = np.array([len(token) for token in vocabulary.tokens], np.uint32)
     write_array(path / "vocabulary", "lengths", lengths, level=VOCABULARY_LEVEL)
-    root = {
-        "logitstore": manifest.to_json(),
-        "special_ids": sorted(vocabulary.special_ids),
-        "bos_id": vocabulary.bos_id,
-        "eos_id": vocabulary.eos_id,
-        "files": file_entries(path),
-    }
+    root = root_attributes(manifest, vocabulary, file_entries(path))
     (path / GROUP).write_bytes(seal_group(root))
