@@ -19,8 +19,8 @@ import zstandard
 
 from logitstore.files import Files
 
-ZSTD_LEVEL = 1
-"""With a block for each stream what is left is entropy, not repetition: 23.4 bytes a token at level 1, 23.3 at 19."""
+ZSTD_LEVEL = 15
+"""A threshold:12 token takes 19.93 bytes at level 15 (a million a second), 20.20 at 1, 20.17 at 9, 19.95 at 19."""
 MOST_BYTES = 1 << 30
 CRC = struct.Struct("<I")
 _THREAD = threading.local()

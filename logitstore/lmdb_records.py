@@ -218,7 +218,7 @@ class Record:
 
 def table_to_bytes(ranks: Ranks, positions: int) -> bytes:
     """A table of ranks, and to how many positions it was fitted."""
-    return checked(CRC.pack(positions)) + pack([ranks.common.astype("<u4").view(np.uint8)])
+    return checked(CRC.pack(positions)) + pack(streams.planes(ranks.common, 4).reshape(4, -1))
 
 
 def table_from_bytes(data: bytes, vocab_size: int) -> tuple[Ranks, int]:
@@ -229,9 +229,7 @@ def table_from_bytes(data: bytes, vocab_size: int) -> tuple[Ranks, int]:
     """
     (positions,) = CRC.unpack(unchecked(data[:8]))
     common = unpack(data[8:], 4 * min(streams.RANKED, vocab_size), at_most=True)
-    if len(common) % 4:
-        raise ValueError("a table of ranks that no encoder writes")
-    return Ranks(common.view("<u4").astype(np.uint32), vocab_size), positions
+    return Ranks(streams.integers(common, 4), vocab_size), positions
 
 
 def used_ids(document: DocumentRecord, recipe: Recipe) -> npt.NDArray[np.int64]:

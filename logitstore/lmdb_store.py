@@ -47,15 +47,14 @@ from logitstore.lmdb_records import (
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord
 from logitstore.sealed import seal_group, unseal_group
-from logitstore.streams import Ranks
+from logitstore.stored_vocabulary import LEVEL, lengths, read_tokens, text
+from logitstore.streams import Ranks, planes
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from logitstore.lmdb_writer import LmdbWriter
 
-VOCABULARY_BYTES = 1 << 28
-VOCABULARY_LEVEL = 19
 MOST_ALIKE = 64
 """So many documents that begin alike are looked at, as in `index.Table.find`."""
 
@@ -87,12 +86,10 @@ class LmdbStore:
             StoreError: what another process has begun there cannot be opened.
         """
         beside = f".partial-{path.name}-"
-        lengths = np.array([len(token) for token in vocabulary.tokens], "<u4").view(np.uint8)
-        data = np.frombuffer(b"".join(vocabulary.tokens), np.uint8)
         entries = {
             ROOT: seal_group(root_attributes(manifest, vocabulary, {})),
-            VOCABULARY + b"lengths": pack([lengths], level=VOCABULARY_LEVEL),
-            VOCABULARY + b"bytes": pack([data], level=VOCABULARY_LEVEL),
+            VOCABULARY + b"lengths": pack(planes(lengths(vocabulary.tokens), 4).reshape(4, -1), level=LEVEL),
+            VOCABULARY + b"bytes": pack([text(vocabulary.tokens)], level=LEVEL),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +109,11 @@ class LmdbStore:
     def vocabulary(self) -> Vocabulary:
         """See `contract.Store`."""
         with self._decoding("its vocabulary"):
-            size = 4 * self.manifest.tokenizer.size
-            lengths = unpack(self._held(VOCABULARY + b"lengths"), size).view("<u4")
-            ends = np.cumsum(lengths, dtype=np.uint64).tolist()
-            if ends and ends[-1] > VOCABULARY_BYTES:
-                raise ValueError(f"tokens of {ends[-1]:,} bytes")
-            data = unpack(self._held(VOCABULARY + b"bytes"), ends[-1] if ends else 0).tobytes()
-        tokens = (data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True))
-        return Vocabulary(tuple(tokens), self.root.special_ids, self.root.bos_id, self.root.eos_id)
+            tokens = read_tokens(
+                self.manifest.tokenizer.size,
+                lambda name, size: unpack(self._held(VOCABULARY + name.encode()), size),
+            )
+        return Vocabulary(tokens, self.root.special_ids, self.root.bos_id, self.root.eos_id)
 
     @property
     def fidelity(self) -> dict[str, Any] | None:

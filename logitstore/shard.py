@@ -32,7 +32,7 @@ DOCUMENT_BYTES = KEY_BYTES + 8
 
 def write_shard(folder: Path, documents: Sequence[DocumentRecord], recipe: Recipe) -> None:
     """Write the arrays of a shard into a folder that is there."""
-    from logitstore.zarr_arrays import write_array, write_chunks
+    from logitstore.zarr_arrays import write_array, write_chunks, write_planes
 
     form = recipe.form
     records = np.concatenate([document.records for document in documents])
@@ -63,7 +63,7 @@ def write_shard(folder: Path, documents: Sequence[DocumentRecord], recipe: Recip
     write_array(folder, "documents", np.concatenate([keys, heads.view(np.uint8)], axis=1))
     hashes = [value for document in documents for value in block_hashes(document.token_ids)]
     write_array(folder, "blocks", np.array(hashes, np.uint64))
-    write_array(folder, "ranks", ranks.common)
+    write_planes(folder, "ranks", ranks.common)
 
 
 class Shard:
@@ -134,7 +134,7 @@ class Shard:
         """What the ranks in `entries-N` and `positions` stand for."""
         most = 4 * min(streams.RANKED, self._recipe.vocab_size)
         return self._decoding(
-            "ranks", lambda: Ranks(self._unpacked("ranks/c/0", most, np.uint32), self._recipe.vocab_size)
+            "ranks", lambda: Ranks(streams.integers(self._unpacked("ranks/c/0/0", most), 4), self._recipe.vocab_size)
         )
 
     def array_problems(self) -> list[Problem]:
@@ -147,7 +147,7 @@ class Shard:
         expected: dict[str, tuple[tuple[int, ...], str]] = {
             "documents": ((self.entry.documents, DOCUMENT_BYTES), "uint8"),
             "blocks": ((len(self.blocks),), "uint64"),
-            "ranks": ((len(self.ranks.common),), "uint32"),
+            "ranks": ((4, len(self.ranks.common)), "uint8"),
             "positions": ((chunks, beside), "uint8"),
         }
         for number in range(self._recipe.sets):

@@ -17,6 +17,7 @@ from zarr.core.metadata.v3 import ArrayV3Metadata
 
 from logitstore.chunks import ZSTD_LEVEL, checked, pack, sharded
 from logitstore.errors import first_line
+from logitstore.streams import planes
 
 MOST_METADATA_BYTES = 1 << 16
 
@@ -39,6 +40,13 @@ def write_array(group: Path, name: str, data: npt.NDArray[Any], *, level: int = 
     if data.size:
         raw = np.ascontiguousarray(data, data.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
         _write(group / name, data.ndim, pack([raw], level=level))
+
+
+def write_planes(group: Path, name: str, data: npt.NDArray[np.integer], *, level: int = ZSTD_LEVEL) -> None:
+    """Write integers below 2^32 [n] as bytes [4, n], lowest first: each plane has statistics of its own."""
+    _describe(group, name, (4, len(data)), "uint8", zstd=True)
+    if data.size:
+        _write(group / name, 2, pack(planes(data, 4).reshape(4, -1), level=level))
 
 
 def write_column(group: Path, name: str, data: npt.NDArray[Any]) -> None:

@@ -27,6 +27,7 @@ from logitstore.recipe import DocumentRecord
 from logitstore.sealed import GROUP, file_digest, file_entries, file_problems, read_group, seal_group, unseal_group
 from logitstore.shard import Shard, write_shard
 from logitstore.stored_index import FOLDER
+from logitstore.stored_vocabulary import LEVEL, lengths, read_tokens, text
 from logitstore.streams import from_shards
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
@@ -34,8 +35,7 @@ from logitstore.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from logitstore.journal import ShardWriter
 
-VOCABULARY_BYTES = 1 << 28
-VOCABULARY_LEVEL = 19
+VOCABULARY_FILES = {"bytes": "c/0", "lengths": "c/0/0"}
 
 
 class ZarrStore:
@@ -92,18 +92,15 @@ class ZarrStore:
         Raises:
             CorruptStoreError: the bytes are not those that were written.
         """
+
+        def read(name: str, size: int) -> npt.NDArray[np.uint8]:
+            return unpack(self.files.read(f"vocabulary/{name}/{VOCABULARY_FILES[name]}"), size)
+
         try:
-            size = 4 * self.manifest.tokenizer.size
-            lengths = unpack(self.files.read("vocabulary/lengths/c/0"), size).view("<u4")
-            ends = np.cumsum(lengths, dtype=np.uint64)
-            total = int(ends[-1]) if len(ends) else 0
-            if total > VOCABULARY_BYTES:
-                raise ValueError(f"tokens of {total:,} bytes")
-            data = unpack(self.files.read("vocabulary/bytes/c/0"), total).tobytes() if total else b""
+            tokens = read_tokens(self.manifest.tokenizer.size, read)
         except (OSError, ValueError) as error:
             raise damaged(f"{self.path}/vocabulary", f"cannot be read ({error})") from error
-        tokens = (data[start:end] for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
-        return Vocabulary(tuple(tokens), self.root.special_ids, self.root.bos_id, self.root.eos_id)
+        return Vocabulary(tokens, self.root.special_ids, self.root.bos_id, self.root.eos_id)
 
     def refresh(self) -> None:
         """See the shards that were finished since the store was opened.
@@ -369,15 +366,13 @@ class ZarrStore:
 
 
 def _write_root(path: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
-    from logitstore.zarr_arrays import write_array
+    from logitstore.zarr_arrays import write_array, write_planes
 
     (path / "shards").mkdir(parents=True)
     (path / "shards" / GROUP).write_bytes(seal_group({}))
     (path / "vocabulary").mkdir()
     (path / "vocabulary" / GROUP).write_bytes(seal_group({}))
-    data = np.frombuffer(b"".join(vocabulary.tokens), np.uint8)
-    write_array(path / "vocabulary", "bytes", data, level=VOCABULARY_LEVEL)
-    lengths = np.array([len(token) for token in vocabulary.tokens], np.uint32)
-    write_array(path / "vocabulary", "lengths", lengths, level=VOCABULARY_LEVEL)
+    write_array(path / "vocabulary", "bytes", text(vocabulary.tokens), level=LEVEL)
+    write_planes(path / "vocabulary", "lengths", lengths(vocabulary.tokens), level=LEVEL)
     root = root_attributes(manifest, vocabulary, file_entries(path))
     (path / GROUP).write_bytes(seal_group(root))

@@ -79,7 +79,7 @@ class PageReader:
         self.n = max(1, min(2_048, self.total, (4 << 20) // r))
         assert self.group["entries-0"].shape == (-(-self.total // self.n), self.n * r)
         assert self.group["positions"].shape[1] == self.n * (2 + 2 * self.log_z + self.h + self.b)
-        common = self.group["ranks"][:].astype(np.int64)
+        common = Streams(self.group["ranks"][:].reshape(-1)).take(self.group["ranks"].shape[1], 4)
         self.id_of = np.concatenate([common, np.setdiff1d(np.arange(self.vocab), common)])
 
     def documents(self) -> list[tuple[bytes, list[int], list[Position]]]:

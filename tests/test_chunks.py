@@ -50,9 +50,12 @@ def test_a_chunk_is_one_frame_of_its_streams_and_their_checksum() -> None:
 
 
 def test_every_stream_is_a_block_of_its_own() -> None:
-    packed = pack([np.arange(10, dtype=np.uint8), np.arange(10, dtype=np.uint8)])
-    raw_block, last_empty = f"500000 {WHOLE[:10].tobytes().hex()} ", "010000"  # 10 << 3; 0 << 3 | 1
-    assert packed[5:-4].hex() == (f"14 {raw_block * 2} {last_empty}").replace(" ", "")
+    parts = np.arange(10, dtype=np.uint8), np.arange(10, 20, dtype=np.uint8)
+    raw_blocks, last_empty = (
+        " ".join(f"500000 {part.tobytes().hex()}" for part in parts),
+        "010000",
+    )  # 10 << 3; 0 << 3 | 1
+    assert pack(parts)[5:-4].hex() == (f"14 {raw_blocks} {last_empty}").replace(" ", "")
 
 
 @pytest.mark.parametrize("size", [310, 311, 5_000])

@@ -142,7 +142,7 @@ def test_a_shard_of_another_store_is_put_aside_and_not_asked_for(store: ZarrStor
 def test_what_cannot_be_repaired_is_told_in_one_line_and_left_alone(store: ZarrStore, tmp_path: Path) -> None:
     convert(store.folder, tmp_path / "s.lmdb", quiet=True)
     flip(shard_folder(store) / "blocks" / "c" / "0")
-    vocabulary = store.folder / "vocabulary" / "lengths" / "c" / "0"
+    vocabulary = store.folder / "vocabulary" / "lengths" / "c" / "0" / "0"
     before = contents(store.folder)
     with pytest.raises(IncompatibleStoreError, match="built with teacher weights"):
         repair(store.folder, Stub("b" * 32), quiet=True)
@@ -151,7 +151,7 @@ def test_what_cannot_be_repaired_is_told_in_one_line_and_left_alone(store: ZarrS
     assert contents(store.folder) == before
     flip(vocabulary)
     before = contents(store.folder)
-    with pytest.raises(CorruptStoreError, match=r"vocabulary/lengths/c/0 .* cannot be repaired") as raised:
+    with pytest.raises(CorruptStoreError, match=r"vocabulary/lengths/c/0/0 .* cannot be repaired") as raised:
         repair(store.folder, quiet=True)
     assert "\n" not in str(raised.value) and contents(store.folder) == before
 

@@ -207,7 +207,7 @@ MISTAKES = {
     "length": (cell(0, 16, 8), "does not fit its arrays: .*the documents' lengths are not those of the positions"),
     "huge length": (cell(2, 19, 128), "does not fit its arrays: .*the documents' lengths are not those of"),
     "block": (array_with("blocks/c/0", pack([np.ones(8, np.uint8)])), "document 1 does not begin as they say"),
-    "ranks": (array_with("ranks/c/0", pack([np.zeros(8, np.uint8)])), "does not fit its arrays: .*a table of ranks"),
+    "ranks": (array_with("ranks/c/0/0", pack([np.zeros(8, np.uint8)])), "does not fit its arrays: .*a table of ranks"),
     "entries": (array_with("entries-0/c/0/0", sharded([ONES])), "document 0 does not decode"),
     "no entries": (array_with("entries-0/c/0/0", b""), "document 0 does not decode"),
     "positions": (array_with("positions/c/0/0", sharded([ONES])), "document 0 does not decode"),
@@ -271,8 +271,8 @@ def test_a_lost_folder_of_shards_and_an_empty_shard_are_named(store: Path) -> No
 def test_the_shards_are_looked_at_even_where_the_root_is_damaged(store: Path) -> None:
     shard = next((store / "shards").glob("*/"))
     (store / GROUP).write_bytes(b"")
-    (shard / "ranks" / "c" / "0").write_bytes(b"")
-    assert bad_files(store) == {GROUP, f"shards/{shard.name}/ranks/c/0"}
+    (shard / "ranks" / "c" / "0" / "0").write_bytes(b"")
+    assert bad_files(store) == {GROUP, f"shards/{shard.name}/ranks/c/0/0"}
 
 
 def test_weights_of_any_selection_are_those_of_a_distribution(tmp_path: Path) -> None:
