@@ -1,16 +1,15 @@
-"""A model split into trunk and head, and losses over chunks of rows: the same numbers in the memory of one chunk."""
+"""A model split into trunk and head, or told apart as one that cannot be."""
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
-from distill_kernels import BucketKL, Head, SparseKL, chunked, sparse_kl_ce, split_head
+from distill_kernels import SparseKL, chunked, chunked_sum, split_head
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models import cohere, llama
+from mlx_lm.models import cohere, gemma2, llama, minicpm
+from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
 
@@ -52,9 +51,24 @@ def untied_lora(dropout: float = 0.0) -> Any:
     return model
 
 
-def quantised() -> Any:
-    model = tiny()
-    nn.quantize(model, group_size=32, bits=8)
+def dora(tied: bool) -> Any:
+    model = tiny(tied=tied)
+    model.freeze()
+    if tied:
+        layer = model.model.embed_tokens = DoRAEmbedding.from_base(model.model.embed_tokens, r=4)
+    else:
+        layer = model.lm_head = DoRALinear.from_base(model.lm_head, r=4)
+    layer.lora_b = mx.random.normal(layer.lora_b.shape)
+    return model
+
+
+def quantised(mode: str = "affine", bits: int = 8, tied: bool = True, lora: bool = False) -> Any:
+    model = tiny(tied=tied)
+    nn.quantize(model, group_size=16 if mode == "nvfp4" else 32, bits=bits, mode=mode)
+    if lora:
+        model.lm_head = LoRALinear.from_base(model.lm_head, r=4)
+        model.lm_head.lora_b = mx.random.normal(model.lm_head.lora_b.shape)
+        model.lm_head.linear.freeze()
     return model
 
 
@@ -64,6 +78,29 @@ def scaled() -> Any:
         num_key_value_heads=2, vocab_size=96, logit_scale=0.25,
     )  # fmt: skip
     return cohere.Model(args)
+
+
+def capped() -> Any:
+    args = gemma2.ModelArgs(
+        model_type="gemma2", hidden_size=32, num_hidden_layers=1, intermediate_size=64, num_attention_heads=2,
+        head_dim=16, rms_norm_eps=1e-5, vocab_size=96, num_key_value_heads=2, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    return gemma2.Model(args)
+
+
+def reads_the_weight() -> Any:
+    args = minicpm.ModelArgs(
+        model_type="minicpm", hidden_size=32, dim_model_base=16, num_hidden_layers=1, intermediate_size=64,
+        num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=96, num_key_value_heads=2, scale_depth=1.0, scale_emb=1.0,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return minicpm.Model(args)
+
+
+def biased() -> Any:
+    model = tiny(tied=False)
+    model.lm_head = nn.Linear(32, 96)
+    return model
 
 
 def wrapped() -> Any:
@@ -78,89 +115,24 @@ def wrapped() -> Any:
     return Wrapper()
 
 
-MODELS: list[Callable[[], Any]] = [tiny, lambda: tiny(tied=False), tied_lora, untied_lora, quantised, scaled, wrapped]
-
-
-def targets(rows: int, vocab: int, k: int = 5) -> tuple[mx.array, mx.array, mx.array]:
-    ids = mx.random.randint(0, vocab, (rows, k))
-    return ids, mx.softmax(mx.random.normal((rows, k)), axis=-1), mx.random.randint(0, vocab, (rows,))
-
-
-def largest_difference(a: Any, b: Any) -> float:
-    """Return the largest |x - y| of any leaf, over that leaf's own size."""
-    pairs = zip(tree_flatten(a), tree_flatten(b), strict=True)
-    return max(((mx.abs(x - y).max() / mx.abs(x).max()).item() for (_, x), (_, y) in pairs), default=0.0)
-
-
-@pytest.mark.parametrize("make", MODELS)
-def test_chunks_give_the_losses_and_gradients_of_whole_logits(make: Callable[[], Any]) -> None:
-    model, tokens = make(), mx.random.randint(0, 96, (2, 11))
-    head, rows = split_head(model), targets(22, 96)
-    assert head.reason is None
-
-    def whole(t: float) -> mx.array:
-        return sum(x.mean() for x in sparse_kl_ce(model(tokens).flatten(0, 1), *rows, t))
-
-    def parts(t: float) -> mx.array:
-        return sum(x.mean() for x in chunked(SparseKL(t), head.trunk(tokens).flatten(0, 1), head, rows, 5))
-
-    before = dict(tree_flatten(model.parameters()))
-    for t in (1.0, 2.0):
-        (a, da), (b, db) = nn.value_and_grad(model, whole)(t), nn.value_and_grad(model, parts)(t)
-        assert a.item() == pytest.approx(b.item(), rel=1e-6)
-        assert largest_difference(da, db) < 3e-6
-    assert [k for k, v in tree_flatten(model.parameters()) if not mx.array_equal(v, before[k])] == []
-
-
-def test_any_function_of_logits_and_any_chunk_size_will_do() -> None:
-    model = tiny()
-    head, hidden, labels = split_head(model), mx.random.normal((7, 32)), mx.random.randint(0, 96, (7,))
-    ce = nn.losses.cross_entropy
-    wanted, dh = mx.value_and_grad(lambda h: ce(head(h), labels).sum())(hidden)
-    for rows in (1, 3, 7, 100):
-        ours, dh_ours = mx.value_and_grad(lambda h, n=rows: chunked(ce, h, head, [labels], n)[0].sum())(hidden)
-        assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
-        assert mx.allclose(dh, dh_ours, atol=1e-6).item()
-
-
-def test_the_bucket_loss_runs_in_chunks_too() -> None:
-    model = tiny()
-    head, hidden, (ids, w, labels) = split_head(model), mx.random.normal((7, 32)), targets(7, 96, k=1)
-    rows = ids, w / 2, mx.full((7,), -0.7), labels
-    wanted, dh = mx.value_and_grad(lambda h: BucketKL(2.0)(head(h), *rows)[0].sum())(hidden)
-    ours, dh_ours = mx.value_and_grad(lambda h: chunked(BucketKL(2.0), h, head, rows, 3)[0].sum())(hidden)
-    assert ours.item() == pytest.approx(wanted.item(), rel=1e-6) and mx.allclose(dh, dh_ours, atol=1e-6).item()
-
-
-def test_the_backward_pass_uses_the_saved_normalisers(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    backward = SparseKL.backward
-    monkeypatch.setattr(SparseKL, "backward", lambda *a, **kw: seen.append(kw["saved"]) or backward(*a, **kw))
-    head, rows = split_head(tiny()), targets(6, 96)
-    mx.eval(mx.grad(lambda h: chunked(SparseKL(), h, head, rows, 2)[0].sum())(mx.ones((6, 32))))
-    assert [s.shape for saved in seen for s in saved] == [(2,)] * 6
-
-
-def test_peak_memory_follows_the_chunk_and_not_the_rows() -> None:
-    vocab, width = 49152, 64
-    model = tiny(vocab, width)
-    head = split_head(model)
-
-    def peak(rows: int) -> int:
-        hidden, args = mx.random.normal((rows, width)), targets(rows, vocab)
-        mx.eval(hidden, args, model.parameters())
-        mx.clear_cache()
-        held = mx.get_active_memory()
-        mx.reset_peak_memory()
-        loss = lambda h: sum(x.mean() for x in chunked(SparseKL(), h, head, args, 128))  # noqa: E731
-        step = mx.value_and_grad(lambda p, h: (model.update(p), loss(h))[1], argnums=(0, 1))
-        mx.eval(step(before := model.trainable_parameters(), hidden))
-        model.update(before)
-        return mx.get_peak_memory() - held
-
-    small, large, logits = peak(512), peak(2048), 2048 * vocab * 4
-    assert large < logits / 3
-    assert large < small + 128 * vocab * 4  # four times the rows, and not one chunk of logits more
+MODELS: dict[str, Callable[[], Any]] = {
+    "tied": tiny,
+    "dense": lambda: tiny(tied=False),
+    "bias": biased,
+    "LoRA": untied_lora,
+    "tied LoRA": tied_lora,
+    "DoRA": lambda: dora(tied=False),
+    "tied DoRA": lambda: dora(tied=True),
+    "scale": scaled,
+    "cap": capped,
+    "wrapped": wrapped,
+    "reads the weight": reads_the_weight,
+    "quantised LoRA": lambda: quantised(tied=False, lora=True),
+    **{f"affine {bits}": lambda bits=bits: quantised("affine", bits, tied=bits > 4) for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": lambda: quantised("mxfp4", 4),
+    "mxfp8": lambda: quantised("mxfp8", 8, tied=False),
+    "nvfp4": lambda: quantised("nvfp4", 4, tied=False),
+}
 
 
 def test_a_model_that_cannot_be_split_says_why() -> None:
@@ -181,8 +153,12 @@ def test_a_model_that_cannot_be_split_says_why() -> None:
     ):
         head = split_head(model)
         assert head.reason is not None and why in head.reason
-        with pytest.raises(ValueError, match="no head"):
-            chunked(SparseKL(), mx.ones((2, 32)), head, [], 1)
+        for run in (
+            lambda h=head: chunked(SparseKL(), mx.ones((2, 32)), h, []),
+            lambda h=head: chunked_sum(SparseKL(), mx.ones((2, 32)), h, [], []),
+        ):
+            with pytest.raises(ValueError, match="no head"):
+                run()
 
 
 def test_the_probe_leaves_no_trace_and_copes_with_dropout_in_the_trunk() -> None:
@@ -198,14 +174,3 @@ def test_the_probe_leaves_no_trace_and_copes_with_dropout_in_the_trunk() -> None
     assert split_head(model).reason is None
     assert [m.training for m in model.modules()] == modes
     assert mx.array_equal(mx.random.normal((2,)), draw).item()
-
-
-def test_shapes_that_do_not_fit_are_refused() -> None:
-    head = Head(SimpleNamespace())  # type: ignore[arg-type]
-    for hidden, rows, chunk in (
-        (mx.ones((2, 3, 4)), [], 1),
-        (mx.ones((2, 4)), [mx.ones(3)], 1),
-        (mx.ones((2, 4)), [], 0),
-    ):
-        with pytest.raises(ValueError, match="chunk_rows"):
-            chunked(SparseKL(), hidden, head, rows, chunk)

@@ -1,46 +1,19 @@
-"""sparse_kl_ce: values against the formula in float64, the hand-written gradient against central differences of it."""
+"""Linear losses: values against the formula in float64, the hand-written gradient against central differences of it."""
 
-from collections.abc import Callable
-
-from distill_kernels import SparseKL, sparse_kl_ce
+from distill_kernels import SoftCE, SparseKL, soft_ce, sparse_kl_ce
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from tests import loss_cases, oracle
+from tests.oracle import Floats, differences, log_softmax
 
 
-def log_softmax(z: Floats) -> Floats:
-    """Return log softmax of the last axis."""
-    top = z.max(axis=-1, keepdims=True)
-    return z - top - np.log(np.exp(z - top).sum(axis=-1, keepdims=True))
-
-
-def oracle(z: Floats, ids: NDArray[np.int64], w: Floats, labels: NDArray[np.int64], t: float) -> tuple[Floats, Floats]:
-    """Return (kl, ce) entry by entry, as the formula reads; entries with no weight or no place in z drop out."""
-    log_q, log_q1 = log_softmax(z / t), log_softmax(z)
-    kl, ce = np.zeros(len(z)), np.zeros(len(z))
-    for n in range(len(z)):
-        for i, p in zip(ids[n], w[n], strict=True):
-            if p > 0 and 0 <= i < z.shape[1]:
-                kl[n] += t * t * p * (np.log(p) - log_q[n, i])
-        if 0 <= labels[n] < z.shape[1]:
-            ce[n] = -log_q1[n, labels[n]]
-    return kl, ce
-
-
-def differences(
-    loss: Callable[[Floats], float], z: Floats, places: list[tuple[int, int]], step: float = 1e-4
-) -> Floats:
-    """Return central finite differences of a scalar loss at some coordinates of z."""
-    slopes = []
-    for place in places:
-        bump = np.zeros_like(z)
-        bump[place] = step
-        slopes.append((loss(z + bump) - loss(z - bump)) / (2 * step))
-    return np.array(slopes)
+def truth(z: Floats, ids: Floats, w: Floats, labels: Floats, t: float) -> tuple[Floats, Floats]:
+    losses = oracle.sparse(z, ids, w, labels, t)
+    return losses.kd, losses.ce
 
 
 def problem(rows: int, vocab: int, k: int, total: float = 1.0, seed: int = 0) -> tuple[Floats, ...]:
@@ -70,11 +43,11 @@ def gradient(z: mx.array, *rows: mx.array, cts: tuple[Floats, Floats], t: float)
 def test_value_and_gradient_are_those_of_the_formula(vocab: int, k: int, total: float, t: float) -> None:
     z, ids, w, labels, ct_kl, ct_ce = problem(2, vocab, k, total)
     arrays = on_mlx(z, ids, w, labels)
-    for ours, truth in zip(sparse_kl_ce(*arrays, t), oracle(z, ids, w, labels, t), strict=True):
-        np.testing.assert_allclose(np.array(ours), truth, rtol=3e-6, atol=3e-6)
+    for ours, wanted in zip(sparse_kl_ce(*arrays, t), truth(z, ids, w, labels, t), strict=True):
+        np.testing.assert_allclose(np.array(ours), wanted, rtol=3e-6, atol=3e-6)
 
     def loss(z: Floats) -> float:
-        kl, ce = oracle(z, ids, w, labels, t)
+        kl, ce = truth(z, ids, w, labels, t)
         return float(ct_kl @ kl + ct_ce @ ce)
 
     columns = np.random.default_rng(1).integers(0, vocab, 8)
@@ -89,9 +62,9 @@ def test_half_precision_logits_are_computed_in_float32(dtype: mx.Dtype, eps: flo
     half, *rows = on_mlx(z, ids, w, labels, dtype)
     rounded = half.astype(mx.float32)
     kl, ce = sparse_kl_ce(half, *rows, 2.0)
-    truth = oracle(np.array(rounded).astype(np.float64), ids, w, labels, 2.0)
-    np.testing.assert_allclose(np.array(kl), truth[0], rtol=3e-6)
-    np.testing.assert_allclose(np.array(ce), truth[1], rtol=3e-6)
+    wanted = truth(np.array(rounded).astype(np.float64), ids, w, labels, 2.0)
+    np.testing.assert_allclose(np.array(kl), wanted[0], rtol=3e-6)
+    np.testing.assert_allclose(np.array(ce), wanted[1], rtol=3e-6)
     exact = gradient(rounded, *rows, cts=(ct_kl, ct_ce), t=2.0)
     np.testing.assert_allclose(gradient(half, *rows, cts=(ct_kl, ct_ce), t=2.0), exact, rtol=eps, atol=1e-7)
 
@@ -103,7 +76,7 @@ def test_padding_and_ids_or_labels_outside_the_vocabulary_count_for_nothing() ->
     labels = np.array([6, 7, -100])
     clean = np.array([[6, 2], [3, 0], [0, 0]]), np.array([[0.5, 0.25], [0.25, 0], [0, 0]])
     kl, ce = sparse_kl_ce(*on_mlx(z, ids, w, labels), 1.0)
-    np.testing.assert_allclose(np.array(kl), oracle(z, *clean, labels, 1.0)[0], rtol=1e-6)
+    np.testing.assert_allclose(np.array(kl), truth(z, *clean, labels, 1.0)[0], rtol=1e-6)
     assert kl[2] == 0 and ce[1] == 0 and ce[2] == 0
     dz = gradient(*on_mlx(z, ids, w, labels), cts=(ct_kl, ct_ce), t=1.0)
     np.testing.assert_allclose(dz, gradient(*on_mlx(z, *clean, labels), cts=(ct_kl, ct_ce), t=1.0), atol=1e-7)
@@ -145,10 +118,56 @@ def test_an_exact_student_of_a_full_teacher_has_nothing_to_learn() -> None:
         np.testing.assert_allclose(gradient(*arrays, cts=(np.ones(2), np.ones(2)), t=t), 0, atol=1e-7 * t)
 
 
-def test_the_gradient_is_the_hand_written_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    arrays = on_mlx(*problem(2, 7, 3)[:4])
-    monkeypatch.setattr(SparseKL, "backward", lambda _, logits, *_rows, **_saved: mx.full(logits.shape, 5.0))
-    assert mx.all(mx.grad(lambda z: sum(sparse_kl_ce(z, *arrays[1:], 1.0)).sum())(arrays[0]) == 5.0).item()
+@pytest.mark.parametrize("t", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(("vocab", "k"), [*loss_cases.SHAPES, (1000, 1000)])
+@pytest.mark.parametrize("loss", [SparseKL, SoftCE])
+def test_both_losses_of_logits_of_every_dtype(
+    loss: type[SparseKL], vocab: int, k: int, dtype: mx.Dtype, t: float
+) -> None:
+    z, ids, w, labels, *_ = problem(2, vocab, k, 0.7)
+    wanted = lambda z: oracle.sparse(z, ids, w, labels, t, loss is SparseKL)  # noqa: E731
+    loss_cases.assert_equals(loss(t), z, (ids, w, labels), wanted, dtype)
+
+
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_the_oracles_gradient_is_that_of_central_differences(t: float) -> None:
+    z, ids, w, labels, *_ = problem(2, 7, 3, 0.7)
+    losses = oracle.sparse(z, ids, w, labels, t)
+    places = [(n, v) for n in range(2) for v in range(7)]
+    for column, gradient in enumerate((losses.d_kd, losses.d_ce)):
+        slopes = differences(lambda z, c=column: truth(z, ids, w, labels, t)[c].sum(), z, places)
+        np.testing.assert_allclose(gradient.ravel(), slopes, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_scale_softcap_and_a_padded_head_are_part_of_the_loss(softcap: float | None, t: float) -> None:
+    z, ids, w, labels, *_ = problem(3, 100, 5)
+    ids[:, 0], ids[:, 1], ids[:, 2], labels[:2] = 89, 90, 10**6, [89, 90]
+    z[:, 90:] = np.nan
+    loss = SparseKL(t, scale=1.5, softcap=softcap, vocab_size=90)
+    loss_cases.assert_equals(loss, z, (ids, w, labels), lambda z: oracle.sparse(z, ids, w, labels, t))
+
+
+def test_a_masked_row_touches_nothing() -> None:
+    z, ids, w, labels, *_ = problem(3, 300, 5)
+    loss_cases.assert_a_masked_row_touches_nothing(SparseKL(2.0), z, (ids, w, labels))
+
+
+def test_soft_cross_entropy_is_linear_in_the_weights() -> None:
+    z, ids, w, labels = on_mlx(*problem(2, 300, 5)[:4])
+    once, thrice = (soft_ce(z, ids, factor * w, labels, 2.0)[0] for factor in (1, 3))
+    np.testing.assert_allclose(np.array(thrice), 3 * np.array(once), rtol=1e-6)
+    split = mx.concatenate([w / 4, w * 3 / 4], axis=-1)
+    again = soft_ce(z, mx.concatenate([ids, ids], axis=-1), split, labels, 2.0)[0]
+    np.testing.assert_allclose(np.array(again), np.array(once), rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [SparseKL, SoftCE])
+def test_the_gradient_is_the_hand_written_one(loss: type[SparseKL], monkeypatch: pytest.MonkeyPatch) -> None:
+    z, ids, w, labels, *_ = problem(2, 7, 3)
+    loss_cases.assert_backward_is_called(loss(), z, (ids, w, labels), monkeypatch)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.evaluate import evaluate
-from distill_trainer.train import batch_loss, row_loss
+from distill_trainer.train import batch_loss, row_loss, train
 from logitstore.documents import read_documents
 from logitstore.errors import ModelError
 from logitstore.model import LoadedModel, load_model
@@ -198,6 +198,18 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path: Path
         for i, seed in enumerate((3, 3, 4))
     ]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_a_student_whose_head_cannot_be_taken_apart_is_trained_on_whole_logits_and_the_run_says_so(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fused = world.train(tmp_path / "fused", store=(str(world.store),))
+    monkeypatch.setattr(distill_kernels, "split_head", lambda model: distill_kernels.Head(model, "it is knotted"))
+    said: list[str] = []
+    train(world.config(tmp_path / "whole", store=(str(world.store),)), said.append)
+    whole = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert whole == pytest.approx([step["loss"] for step in fused], rel=1e-5)
+    assert [line for line in said if "whole logits" in line and "it is knotted" in line]
 
 
 def test_ctrl_c_in_the_middle_of_a_step_saves_a_sound_student(

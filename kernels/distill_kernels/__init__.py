@@ -19,9 +19,47 @@ def on_cpu() -> bool:
 if on_cpu():
     mx.disable_compile()  # it calls a C++ compiler there: 37 s before the first of 20 steps of a toy model
 
-from distill_kernels.bucket_kl import BucketKL, bucket_kl_ce  # noqa: E402
-from distill_kernels.head import Head, chunked, split_head  # noqa: E402
+from distill_kernels.bucket import BucketKL, BucketLoss, bucket_kl_ce, bucket_loss_ce  # noqa: E402
+from distill_kernels.coded import CodedLoss  # noqa: E402
+from distill_kernels.dense import DenseLoss, dense_loss_ce  # noqa: E402
+from distill_kernels.divergence import JSD, TVD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL  # noqa: E402
+from distill_kernels.fused_head import chunk_rows, chunked, chunked_sum  # noqa: E402
+from distill_kernels.head import Head, split_head  # noqa: E402
+from distill_kernels.metal import why  # noqa: E402
+from distill_kernels.ranking import HingeRank, LogisticRank, hinge_rank_ce, logistic_rank_ce  # noqa: E402
 from distill_kernels.row_loss import RowLoss  # noqa: E402
-from distill_kernels.sparse_kl import SparseKL, sparse_kl_ce  # noqa: E402
+from distill_kernels.sparse_kl import SoftCE, SparseKL, soft_ce, sparse_kl_ce  # noqa: E402
+from distill_kernels.tier import on_tier  # noqa: E402
 
-__all__ = ["BucketKL", "Head", "RowLoss", "SparseKL", "bucket_kl_ce", "chunked", "on_cpu", "sparse_kl_ce", "split_head"]
+__all__ = [
+    "JSD",
+    "TVD",
+    "BucketKL",
+    "BucketLoss",
+    "CodedLoss",
+    "DenseLoss",
+    "ForwardKL",
+    "Head",
+    "HingeRank",
+    "LogisticRank",
+    "ReverseKL",
+    "RowLoss",
+    "SkewKL",
+    "SkewReverseKL",
+    "SoftCE",
+    "SparseKL",
+    "bucket_kl_ce",
+    "bucket_loss_ce",
+    "chunk_rows",
+    "chunked",
+    "chunked_sum",
+    "dense_loss_ce",
+    "hinge_rank_ce",
+    "logistic_rank_ce",
+    "on_cpu",
+    "on_tier",
+    "soft_ce",
+    "sparse_kl_ce",
+    "split_head",
+    "why",
+]

@@ -1,20 +1,22 @@
-"""The LM head apart from its model, so that the logits [batch, seq, vocab] are never whole.
+"""The LM head apart from its model, so that `fused_head` can make the logits of some positions at a time.
 
-Two ideas: a `Head` is the model's own forward pass with the trunk replaced by one that returns given hidden states, and
-`chunked` walks over rows of them, computing each chunk's logits twice (loss, then gradient) and keeping none.
+A `Head` is the model's own forward pass with the trunk replaced by one that returns given hidden states: whatever scale
+or cap a model puts on its logits is there without being known here. `split_head` tries it on the model before anyone
+relies on it.
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill_kernels.row_loss import Arrays, Autodiff, RowLoss, with_vjp
+from distill_kernels.row_loss import with_vjp
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.nn.layers.base import Module
 from mlx.nn.layers.dropout import Dropout
-from mlx.utils import tree_flatten, tree_unflatten
+
+Factors = list[tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -42,32 +44,82 @@ class Head:
         hidden: mx.array = self._owner.model(tokens)
         return hidden
 
-    def __call__(self, hidden: mx.array) -> mx.array:
-        """Return the logits [N, V] of hidden states [N, D], with whatever scale or cap the model puts on them."""
+    def __call__(self, hidden: mx.array, module: Any = None) -> mx.array:
+        """Return the logits [N, V] of hidden states [N, D], with whatever scale or cap the model puts on them.
+
+        Another `module` may stand in for the head's own: what can be called, or has `as_linear` where they are tied.
+        """
         owner = self._owner
         shell = copy.copy(owner)
         shell.clear()  # a module is a dict of its parts: out of reach, they cannot take part unnoticed
-        if "lm_head" in owner:
-            shell.lm_head = owner.lm_head
-        shell.model = _Returns(hidden[None], owner.model)
+        tied = "lm_head" not in owner
+        if not tied:
+            shell.lm_head = owner.lm_head if module is None else module
+        shell.model = _Returns(hidden[None], owner.model, module if tied else None)
         logits: mx.array = shell(mx.zeros((1, len(hidden)), dtype=mx.int32))
         return logits.squeeze(0)  # an index would cost its gradient a pass over the logits
+
+    def with_parameters(self, hidden: mx.array, params: Any) -> mx.array:
+        """Return the logits that these trainable parameters give, and leave in the model those it had."""
+        module = self.module
+        before = module.trainable_parameters()
+        module.update(params)
+        try:
+            return self(hidden)
+        finally:
+            module.update(before)
 
 
 class _Returns:
     """Stands where the trunk was: returns the hidden states, and lends its embedding and its settings, nothing else."""
 
-    def __init__(self, hidden: mx.array, trunk: Module) -> None:
-        self._hidden, self._trunk = hidden, trunk
+    def __init__(self, hidden: mx.array, trunk: Module, embedding: Any) -> None:
+        self._hidden, self._trunk, self._embedding = hidden, trunk, embedding
 
     def __call__(self, *_args: object, **_kwargs: object) -> mx.array:
         return self._hidden
 
     def __getattr__(self, name: str) -> Any:
+        if name == "embed_tokens" and self._embedding is not None:
+            return self._embedding
         value = getattr(self._trunk, name)
         if name != "embed_tokens" and isinstance(value, (Module, mx.array, list)):
             raise AttributeError(f"its head uses model.{name}")
         return value
+
+
+class DenseHead:
+    """A dense head whose weight trains, as a multiplication that notes (x, dz) and leaves dz.T @ x to its caller.
+
+    So the caller adds it into a sum by `mx.addmm`, which on the CPU happens in place. Adding products instead holds one
+    more array as large as the weight and took 1.3 of the time of a pass (V = 20,000, D = 1,024, chunks of 64 rows).
+    """
+
+    def __init__(self, weight: mx.array, bias: mx.array | None, factors: Factors) -> None:
+        self._weight, self._bias, self._factors = weight, bias, factors
+
+    @classmethod
+    def fits(cls, head: Head, trained: dict[str, mx.array], hidden: mx.array) -> bool:
+        """Whether the head's weight trains, is dense, and is read by nothing but a call of its own module."""
+        if "weight" not in trained or type(head.module) not in (nn.Linear, nn.Embedding):
+            return False
+        try:
+            head(hidden[:1], cls(trained["weight"], trained.get("bias"), []))
+        except AttributeError:
+            return False
+        return True
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight, factors = self._weight, self._factors
+
+        def backward(x: mx.array, dz: mx.array, _output: mx.array) -> mx.array:
+            factors.append((x.reshape(-1, x.shape[-1]), dz.reshape(-1, dz.shape[-1])))
+            return dz @ weight
+
+        y: mx.array = with_vjp(lambda x: x @ weight.T, backward)(x)
+        return y if self._bias is None else y + self._bias
+
+    as_linear = __call__
 
 
 def split_head(model: Module, tolerance: float = 1e-3) -> Head:
@@ -95,90 +147,3 @@ def split_head(model: Module, tolerance: float = 1e-3) -> Head:
         for module, training in modes:
             module.train(training)
     return head
-
-
-def chunked(
-    loss: RowLoss | Callable[..., mx.array | Arrays],
-    hidden: mx.array,
-    head: Head,
-    rows: Sequence[mx.array],
-    chunk_rows: int,
-) -> Arrays:
-    """Return loss(head(hidden), *rows), each [N], while only one chunk's logits exist at a time.
-
-    Gradients flow to `hidden` and to the head's trainable parameters (tied or not, LoRA or not, under
-    `nn.value_and_grad(model, ...)`), not to `rows`. The backward pass computes each chunk's logits again, and its
-    gradient, from the few floats per row that the loss saved; parameters' gradients are summed in float32.
-
-    Args:
-        loss: a `RowLoss`, or any function of (logits [n, V], *rows) returning one [n] array or several.
-        hidden: [N, D].
-        head: as `split_head` gives it.
-        rows: arrays of N rows, constants of the loss.
-        chunk_rows: rows whose logits exist together. Each chunk adds to the head's whole weight gradient, so small ones
-            cost time: on 2 CPU cores a gradient over 512 rows, D = 576, V = 49,152 takes 1.01 of the time of
-            `nn.losses.cross_entropy` on whole logits in chunks of 256 rows, 1.15 in 128, 1.4 in 64.
-
-    Raises:
-        ValueError: the shapes do not fit, or the head cannot be split off.
-    """
-    if head.reason is not None:
-        raise ValueError(f"no head apart from its model: {head.reason}")
-    if hidden.ndim != 2 or not len(hidden) or chunk_rows < 1 or any(len(r) != len(hidden) for r in rows):
-        shapes = [r.shape for r in rows]
-        raise ValueError(
-            f"hidden [N >= 1, D], rows [N, ...], chunk_rows >= 1; found {hidden.shape}, {shapes}, {chunk_rows}"
-        )
-    row_loss = loss if isinstance(loss, RowLoss) else Autodiff(loss)
-    spans = [slice(at, at + chunk_rows) for at in range(0, len(hidden), chunk_rows)]
-
-    def forward(hidden: mx.array, params: Any, *rows: mx.array) -> tuple[Arrays, Arrays]:
-        parts: list[tuple[Arrays, Arrays]] = []
-        for span in spans:
-            h = _after(hidden[span], [a for half in parts[-1:] for arrays in half for a in arrays])
-            parts.append(row_loss.forward(_logits(head, h, params), *(r[span] for r in rows)))
-        losses, saved = zip(*parts, strict=True)
-        return _joined(losses), _joined(saved)
-
-    def backward(primals: Any, cotangents: tuple[Arrays, Arrays], outputs: tuple[Arrays, Arrays]) -> Any:
-        hidden, params, *rows = primals
-        flat: dict[str, mx.array] = dict(tree_flatten(params))
-        d_hidden: list[mx.array] = []
-        totals: list[mx.array] = []
-        for span in spans:
-
-            def losses(h: mx.array, *leaves: mx.array, span: slice = span) -> list[mx.array]:
-                logits = _logits(head, h, tree_unflatten(list(zip(flat, leaves, strict=True))))
-                return list(row_loss(logits, *(r[span] for r in rows), saved=tuple(s[span] for s in outputs[1])))
-
-            h = _after(hidden[span], [*d_hidden[-1:], *totals])
-            _, (dh, *grads) = mx.vjp(losses, [h, *flat.values()], [c[span] for c in cotangents[0]])
-            grads = [g.astype(mx.float32) for g in grads]
-            totals = [t + g for t, g in zip(totals, grads, strict=True)] if totals else grads
-            d_hidden.append(dh)
-        d_params = [(name, t.astype(p.dtype)) for (name, p), t in zip(flat.items(), totals, strict=True)]
-        return mx.concatenate(d_hidden), tree_unflatten(d_params)
-
-    losses: Arrays = with_vjp(forward, backward)(hidden, head.module.trainable_parameters(), *rows)[0]
-    return losses
-
-
-def _logits(head: Head, hidden: mx.array, params: Any) -> mx.array:
-    """Return head(hidden) with these trainable parameters, and leave in the module those it had."""
-    module = head.module
-    before = module.trainable_parameters()
-    module.update(params)
-    try:
-        return head(hidden)
-    finally:
-        module.update(before)
-
-
-def _joined(parts: Sequence[Arrays]) -> Arrays:
-    """Return the chunks' arrays as whole ones."""
-    return tuple(mx.concatenate(list(chunks)) for chunks in zip(*parts, strict=True))
-
-
-def _after(x: mx.array, done: list[mx.array]) -> mx.array:
-    """Return x, to be computed on only when `done` is: else MLX's breadth-first order makes all chunks at once."""
-    return mx.depends([x], done)[0] if done else x

@@ -1,61 +1,66 @@
-"""KL divergence to a sparse teacher and cross-entropy to the label, from one reading of the student's logits.
+"""The linear losses on a sparse teacher, KL and soft cross-entropy, with cross-entropy to the label in the same pass.
 
-This is the linear loss of unbiased selections (a sample whose weights stand for the whole distribution) and of a full
-teacher (k = V). For a truncated teacher, whose weights stand only for themselves, see `bucket_kl`.
+They serve unbiased selections (a sample whose weights stand for the whole distribution) and a full teacher (k = V). For
+a truncated teacher, whose weights stand only for themselves, see `bucket`.
 """
 
-from distill_kernels.row_loss import (
-    Arrays,
-    TemperedLoss,
-    add_at_ids,
-    at_ids,
-    check_rows,
-    counted,
-    cross_entropy,
-    in_vocabulary,
-    log_sum_exp,
-)
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Unpack
+
+from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
+from distill_kernels.row_loss import Arrays
+from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, log_sum_exp, softmax_and_ids
+from distill_kernels.tier import Tier, on_tier
 
 import mlx.core as mx
 
 
-class SparseKL(TemperedLoss):
-    """`sparse_kl_ce` at one temperature, as a `RowLoss` over rows (ids, weights, labels)."""
+@dataclass(frozen=True)
+class SparseKL(LogitsLoss):
+    """`sparse_kl_ce` as a `RowLoss` over rows (ids, weights, labels[, row_weights])."""
 
-    def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
-        ids, weights, labels = rows
-        check_rows(logits, (ids, weights), {"labels": labels})
+    names: ClassVar = ("ids", "weights", "labels")
+    less_entropy: ClassVar[bool] = True
+
+    def value(self, z: mx.array, *targets: mx.array) -> tuple[Arrays, Arrays]:
+        ids, weights, labels = targets
+        check_sparse(z, ids, weights, labels=labels)
         t = self.temperature
-        z = logits.astype(mx.float32)
         lse = log_sum_exp(z)
         lse_t = lse if t == 1 else log_sum_exp(z / t)
-        ids, w = counted(ids, weights, logits.shape[1])
-        log_ratio = mx.log(w) - at_ids(logits, ids) / t + lse_t[:, None]
-        kl = t * t * mx.where(w > 0, w * log_ratio, 0).sum(axis=-1)
-        return (kl, cross_entropy(logits, labels, lse)), (lse, lse_t)
+        ids, w = counted(ids, weights, z.shape[1])
+        cost = lse_t[:, None] - at_ids(z, ids) / t
+        if self.less_entropy:
+            cost = cost + mx.log(w)
+        kd = t * t * mx.where(w > 0, w * cost, 0).sum(axis=-1)
+        return (kd, cross_entropy(z, labels, lse)), (lse, lse_t)
 
-    def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
-        ids, weights, labels = rows
-        t = self.temperature
-        (lse, lse_t), (ct_kl, ct_ce) = saved, cotangents
-        ids, w = counted(ids, weights, logits.shape[1])
-        labelled, labels = in_vocabulary(labels, logits.shape[1])
-        a, b = t * ct_kl, ct_ce * labelled
-        total = a * w.sum(axis=-1)
-        z = logits.astype(mx.float32)
-        if t == 1:
-            dz = (total + b)[:, None] * mx.exp(z - lse[:, None])
-        else:
-            dz = total[:, None] * mx.exp(z / t - lse_t[:, None]) + b[:, None] * mx.exp(z - lse[:, None])
-        columns = mx.concatenate([ids, labels[:, None].astype(ids.dtype)], axis=-1)
-        dz = add_at_ids(dz, columns, -mx.concatenate([a[:, None] * w, b[:, None]], axis=-1))
-        return dz.astype(logits.dtype)
+    def slope(self, z: mx.array, *targets: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
+        ids, weights, labels = targets
+        ct_kd, ct_ce = cotangents
+        ids, w = counted(ids, weights, z.shape[1])
+        a = self.temperature * ct_kd
+        return softmax_and_ids(z, self.temperature, saved, a * w.sum(axis=-1), ids, -a[:, None] * w, labels, ct_ce)
 
 
-def sparse_kl_ce_ops(
-    logits: mx.array, ids: mx.array, weights: mx.array, labels: mx.array, temperature: float = 1.0
+class SoftCE(SparseKL):
+    """`soft_ce` as a `RowLoss`: `SparseKL` without the teacher's entropy, so with the same gradient."""
+
+    less_entropy: ClassVar[bool] = False
+
+
+def sparse_kl_ce(
+    logits: mx.array,
+    ids: mx.array,
+    weights: mx.array,
+    labels: mx.array,
+    temperature: float = 1.0,
+    row_weights: mx.array | None = None,
+    tier: Tier | None = None,
+    **options: Unpack[LogitsOptions],
 ) -> tuple[mx.array, mx.array]:
-    """Return (kl, ce), each [N] float32, of the student's logits, in plain MLX operations.
+    """Return (kl, ce), each [N] float32, of the student's logits.
 
         kl = T² · sum_i w_i · log(w_i / q_i),   q = softmax(z / T),  0 · log 0 = 0
         ce = LSE(z) - z_label
@@ -70,19 +75,48 @@ def sparse_kl_ce_ops(
         dz = ct_kl · T · ((sum w) · softmax(z / T) - scatter(w)) + ct_ce · (softmax(z) - onehot(label))
 
     Args:
-        logits: z, [N, V], any float dtype; the arithmetic is float32.
+        logits: [N, V], any float dtype; the arithmetic is float32. z is made of them by the options; without, it is
+            them.
         ids: [N, k], uint32 or int32; may repeat.
         weights: w, [N, k] float32; constants, like the ids.
         labels: [N] int32.
         temperature: T > 0.
+        row_weights: [N], a factor of each row's losses; a row of weight 0 touches nothing, even when it holds NaN.
+        tier: "ops", "metal", or the one that runs here: see `tier.on_tier`.
+        options: scale, softcap, vocab_size: see `LogitsLoss`.
 
     Raises:
-        ValueError: the shapes do not fit, or the temperature is not above 0.
+        ValueError: the shapes do not fit, or an option is not above 0.
 
     Reference: Hinton et al. 2015, section 2 (T²); Anshumann et al. 2025, Sparse Logit Sampling (sampled weights).
     """
-    kl, ce = SparseKL(temperature)(logits, ids, weights, labels)
+    rows = [ids, weights, labels, *([] if row_weights is None else [row_weights])]
+    kl, ce = on_tier(SparseKL(temperature, **options), tier)(logits, *rows)
     return kl, ce
 
 
-sparse_kl_ce = sparse_kl_ce_ops
+def soft_ce(
+    logits: mx.array,
+    ids: mx.array,
+    weights: mx.array,
+    labels: mx.array,
+    temperature: float = 1.0,
+    row_weights: mx.array | None = None,
+    tier: Tier | None = None,
+    **options: Unpack[LogitsOptions],
+) -> tuple[mx.array, mx.array]:
+    """Return (soft, ce), each [N] float32: cross-entropy to the teacher's weights, and to the label.
+
+        soft = -T² · sum_i w_i · log q_i = T² · ((sum w) · LSE(z / T) - sum_i w_i z_i / T)
+
+    `sparse_kl_ce` plus T² times the teacher's entropy, a constant: gradient, arguments and errors are the same. It
+    is linear in the weights, so its mean over draws of an unbiased sample is the whole teacher's value; that of the KL
+    is not, for the sample's entropy is not the teacher's.
+    """
+    rows = [ids, weights, labels, *([] if row_weights is None else [row_weights])]
+    soft, ce = on_tier(SoftCE(temperature, **options), tier)(logits, *rows)
+    return soft, ce
+
+
+sparse_kl_ce_ops, sparse_kl_ce_kernel = partial(sparse_kl_ce, tier="ops"), partial(sparse_kl_ce, tier="metal")
+soft_ce_ops, soft_ce_kernel = partial(soft_ce, tier="ops"), partial(soft_ce, tier="metal")

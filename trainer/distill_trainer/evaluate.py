@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import distill_kernels
-from distill_kernels.row_loss import at_ids, log_sum_exp
+from distill_kernels.row_ops import at_ids, log_sum_exp
 
 import mlx.core as mx
 import numpy as np

@@ -34,7 +34,6 @@ from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
-from logitstore.forward import logit_rows
 from logitstore.prefetch import prefetched
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
@@ -99,6 +98,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 (out / CONFIG).write_text(json.dumps(config.to_json(), indent=1) + "\n")
                 (out / METRICS).touch()
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
+            if reason := distill_kernels.split_head(student.model).reason:
+                say(f"every step holds whole logits, because the LM head cannot be taken apart: {reason}")
             run, failure = TrainReport(), None
             try:
                 run_steps(config, student.model, sequences, source, out, run)
@@ -194,12 +195,12 @@ def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tup
     if head.reason is None:
         hidden = head.trunk(batch.tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
-        chunk_rows = logit_rows(head(hidden[:1]).shape[-1]) // 2  # the gradient of a chunk's logits is as large again
-        kl, ce = distill_kernels.chunked(losses, hidden, head, constants, chunk_rows)
+        shares = batch.kd_weight / len(batch.rows), batch.ce_weight / len(batch.rows)
+        loss, (kl, ce) = distill_kernels.chunked_sum(losses, hidden, head, constants, shares)
     else:
         logits = head.model(batch.tokens)
         kl, ce = losses(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
-    loss = (batch.kd_weight * kl + batch.ce_weight * ce).mean()
+        loss = (batch.kd_weight * kl + batch.ce_weight * ce).mean()
     answered = batch.kd_weight > 0
     return loss, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
 

@@ -1,0 +1,182 @@
+"""The dense losses as Metal kernels: student and teacher logits are each read twice forward and once backward.
+
+A divergence of two whole rows needs both normalisers before its first cell, so forward takes two passes; its gradient
+has them, and takes one. One threadgroup a row; nothing as wide as the vocabulary is kept but the gradient itself.
+"""
+
+from dataclasses import dataclass
+
+from distill_kernels import divergence_metal
+from distill_kernels.dense import DenseLoss
+from distill_kernels.metal import launch, threads_per_row
+from distill_kernels.metal_source import COMMON, gradient_inputs, options
+from distill_kernels.row_loss import Arrays, RowLoss
+from distill_kernels.row_ops import check_vectors
+
+import mlx.core as mx
+
+PROLOGUE = """
+    const uint tid = thread_index_in_threadgroup;
+    const uint threads = threads_per_threadgroup.x;
+    const uint n = threadgroup_position_in_grid.y;
+    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
+    const uint vocab = sizes[0];
+    const float temperature = options[0];
+    const bool tempered = temperature != 1.0f;
+    const Final final_of = {options[1], options[2]};
+    const Parameter parameter = {options[3], options[4], options[5]};
+    const auto row = logits + size_t(n) * size_t(logits_strides[0]);
+    const size_t step = size_t(logits_strides[1]);
+    const auto teacher = teacher_logits + size_t(n) * size_t(teacher_logits_strides[0]);
+    const size_t teacher_step = size_t(teacher_logits_strides[1]);
+    const float row_weight = row_weights[n];
+    const uint label = labels[n];
+    threadgroup float parts[32];
+"""
+
+FORWARD = """
+    if (row_weight == 0.0f) {
+        if (tid == 0) {
+            kd[n] = 0.0f;
+            ce[n] = 0.0f;
+            for (uint i = 0; i < 4; i++) {
+                saved[size_t(n) * 4 + i] = 0.0f;
+            }
+        }
+        return;
+    }
+    Normaliser part = {NEGATIVE_INFINITY, 0.0f};
+    Normaliser part_t = {NEGATIVE_INFINITY, 0.0f};
+    Normaliser part_p = {NEGATIVE_INFINITY, 0.0f};
+    for (uint first = tid * PER_THREAD; first < vocab; first += threads * PER_THREAD) {
+        float z[PER_THREAD];
+        float s[PER_THREAD];
+        float s_p[PER_THREAD];
+        for (uint i = 0; i < PER_THREAD; i++) {
+            const uint v = first + i;
+            z[i] = v < vocab ? final_of(float(row[v * step])) : NEGATIVE_INFINITY;
+            s[i] = z[i] / temperature;
+            s_p[i] = v < vocab ? float(teacher[v * teacher_step]) / temperature : NEGATIVE_INFINITY;
+        }
+        include<PER_THREAD>(part_t, s);
+        include<PER_THREAD>(part_p, s_p);
+        if (tempered) {
+            include<PER_THREAD>(part, z);
+        }
+    }
+    const float lse_t = group_log(part_t, parts, at);
+    const float lse_p = group_log(part_p, parts, at);
+    const float lse = tempered ? group_log(part, parts, at) : lse_t;
+
+    float value = 0.0f;
+    float slope = 0.0f;
+    for (uint first = tid * PER_THREAD; first < vocab; first += threads * PER_THREAD) {
+        for (uint v = first; v < metal::min(first + PER_THREAD, vocab); v++) {
+            const float log_p = float(teacher[v * teacher_step]) / temperature - lse_p;
+            const float log_q = final_of(float(row[v * step])) / temperature - lse_t;
+            const Cell cell = cell_of(metal::precise::exp(log_p), log_p, log_q);
+            value += cell_value(cell, parameter);
+            slope += cell_slope(cell, parameter);
+        }
+    }
+    value = group_sum(value, parts, at);
+    slope = group_sum(slope, parts, at);
+    if (tid == 0) {
+        kd[n] = row_weight * temperature * temperature * value;
+        ce[n] = label < vocab ? row_weight * (lse - final_of(float(row[label * step]))) : 0.0f;
+        saved[size_t(n) * 4] = lse;
+        saved[size_t(n) * 4 + 1] = lse_t;
+        saved[size_t(n) * 4 + 2] = lse_p;
+        saved[size_t(n) * 4 + 3] = slope;
+    }
+"""
+
+BACKWARD = """
+    const uint width = sizes[1];
+    const auto into = gradient + size_t(n) * width;
+    const float a = temperature * row_weight * ct_kd[n];
+    const float b = label < vocab ? row_weight * ct_ce[n] : 0.0f;
+    const bool untouched = row_weight == 0.0f || (a == 0.0f && b == 0.0f);
+    const float lse = saved[size_t(n) * 4];
+    const float lse_t = saved[size_t(n) * 4 + 1];
+    const float lse_p = saved[size_t(n) * 4 + 2];
+    const float total = saved[size_t(n) * 4 + 3];
+    for (uint first = tid * PER_THREAD; first < width; first += threads * PER_THREAD) {
+        for (uint v = first; v < metal::min(first + PER_THREAD, width); v++) {
+            if (untouched || v >= vocab) {
+                into[v] = T(0.0f);
+                continue;
+            }
+            const float z = final_of(float(row[v * step]));
+            float dz = 0.0f;
+            if (a != 0.0f) {
+                const float log_p = float(teacher[v * teacher_step]) / temperature - lse_p;
+                const Cell cell = cell_of(metal::precise::exp(log_p), log_p, z / temperature - lse_t);
+                dz = a * (cell_slope(cell, parameter) - cell.q * total);
+            }
+            if (b != 0.0f) {
+                dz += b * (metal::precise::exp(z - lse) - (v == label ? 1.0f : 0.0f));
+            }
+            into[v] = T(dz * final_of.slope(z));
+        }
+    }
+"""
+
+
+@dataclass(frozen=True)
+class DenseKernel(RowLoss):
+    """The Metal twin of a `DenseLoss`: the same rows, values and gradients.
+
+    Raises, when it is called:
+        ValueError: the shapes do not fit.
+        RuntimeError: there is no Metal here.
+    """
+
+    loss: DenseLoss
+
+    def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
+        """See `RowLoss.forward`: (kd, ce), and [N, 4] of what a gradient needs."""
+        n = len(logits)
+        outputs = {"kd": ((n,), mx.float32), "ce": ((n,), mx.float32), "saved": ((n, 4), mx.float32)}
+        kd, ce, saved = self._launch("forward", FORWARD, self._inputs(logits, rows), outputs)
+        return (kd, ce), (saved,)
+
+    def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
+        """See `RowLoss.backward`."""
+        inputs = self._inputs(logits, rows)
+        inputs |= gradient_inputs(saved, cotangents)
+        return self._launch("backward", BACKWARD, inputs, {"gradient": (logits.shape, logits.dtype)})[0]
+
+    def _inputs(self, logits: mx.array, rows: Arrays) -> dict[str, mx.array]:
+        loss, (n, width) = self.loss, logits.shape
+        (teacher, labels), row_weights = loss.parted(logits, rows, loss.names)
+        vocab = loss.vocab_size or width
+        teacher = loss.teacher_columns(teacher, (n, vocab))
+        check_vectors(logits, {"labels": labels})
+        return {
+            "logits": logits,
+            "teacher_logits": teacher,
+            "labels": mx.contiguous(labels.astype(mx.uint32)),
+            "row_weights": mx.ones(n) if row_weights is None else mx.contiguous(row_weights.astype(mx.float32)),
+            "options": options(loss, divergence_metal.parameter(loss.divergence)),
+            "sizes": mx.array([vocab, width], mx.uint32),
+        }
+
+    def _launch(
+        self,
+        direction: str,
+        body: str,
+        inputs: dict[str, mx.array],
+        outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+    ) -> list[mx.array]:
+        n, width = inputs["logits"].shape
+        return launch(
+            f"dense_{type(self.loss.divergence).__name__.lower()}_{direction}",
+            inputs,
+            outputs,
+            PROLOGUE + body,
+            COMMON + divergence_metal.functions(self.loss.divergence),
+            rows=n,
+            threads=threads_per_row(width),
+            template=[("T", inputs["logits"].dtype)],
+        )

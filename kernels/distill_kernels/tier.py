@@ -1,0 +1,25 @@
+"""A loss on the tier that runs here: the Metal kernel on an Apple GPU, plain MLX elsewhere."""
+
+from typing import Literal
+
+from distill_kernels.coded import CodedLoss
+from distill_kernels.logits_loss import LogitsLoss
+from distill_kernels.metal import on_metal
+from distill_kernels.row_loss import RowLoss
+
+Tier = Literal["ops", "metal"]
+
+
+def on_tier(loss: RowLoss, tier: Tier | None = None) -> RowLoss:
+    """Return the loss as plain MLX or as its Metal twin: the tier asked for, or else the one that `metal.why` tells.
+
+    A loss that is written in MLX operations by its user is returned as it is.
+    """
+    metal = on_metal() if tier is None else tier == "metal"
+    if not metal or not isinstance(loss, (LogitsLoss, CodedLoss)):
+        return loss
+    from distill_kernels.dense import DenseLoss
+    from distill_kernels.dense_metal import DenseKernel
+    from distill_kernels.sparse_metal import SparseKernel
+
+    return DenseKernel(loss) if isinstance(loss, DenseLoss) else SparseKernel.of(loss)

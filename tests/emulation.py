@@ -1,0 +1,21 @@
+"""The Metal tier on a machine without Metal: a fixture that makes losses kernels, and runs kernels on the emulator."""
+
+from collections.abc import Iterator
+
+from distill_kernels import metal
+
+import pytest
+
+from tools.metal_emulator import SCHEDULES, Emulated, compiler, emulated
+
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="executing Metal here needs g++")
+
+
+@pytest.fixture
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
+    """Every kernel runs under every schedule; a defect raises."""
+    monkeypatch.setenv(metal.VARIABLE, "metal")
+    metal.kernel_of.cache_clear()
+    with emulated(schedules=SCHEDULES) as session:
+        yield session
+    metal.kernel_of.cache_clear()
