@@ -25,6 +25,7 @@ from distill_kernels.dense import DenseLoss, dense_loss_ce  # noqa: E402
 from distill_kernels.divergence import JSD, TVD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL  # noqa: E402
 from distill_kernels.fused_head import chunk_rows, chunked, chunked_sum  # noqa: E402
 from distill_kernels.head import Head, split_head  # noqa: E402
+from distill_kernels.logits_loss import LogitsLoss  # noqa: E402
 from distill_kernels.metal import why  # noqa: E402
 from distill_kernels.ranking import HingeRank, LogisticRank, hinge_rank_ce, logistic_rank_ce  # noqa: E402
 from distill_kernels.row_loss import RowLoss  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "Head",
     "HingeRank",
     "LogisticRank",
+    "LogitsLoss",
     "ReverseKL",
     "RowLoss",
     "SkewKL",

@@ -1,8 +1,8 @@
 """A loss per row of logits, as the two halves that a fused head needs apart: `forward`, and a hand-written `backward`.
 
 Calling a loss differentiates through its own `backward`, never through MLX's autodiff of `forward`. Between the halves
-live only `saved` floats, one or two per row: given those, a later pass over the same logits (see `head.chunked`, which
-computes every logit twice) skips the reductions, and with them the exponentials that are most of a loss's time.
+live only `saved` floats, a few per row: given those, a later pass over the same logits (`fused_head.chunked` computes
+every logit twice) skips the reductions, and with them the exponentials that are most of a loss's time.
 """
 
 from collections.abc import Callable

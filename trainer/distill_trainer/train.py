@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import distill_kernels
-from distill_kernels import BucketKL, RowLoss, SparseKL
+from distill_kernels import BucketKL, LogitsLoss, SparseKL, on_tier
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,28 +184,27 @@ def answered_batches(
         yield chosen, *(source.answer(chosen, epoch) if source else ([None] * len(chosen), Count()))
 
 
-def batch_loss(head: distill_kernels.Head, losses: RowLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+def batch_loss(head: distill_kernels.Head, losses: LogitsLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """Mean over trained positions of kd_weight · KL + ce_weight · CE; mean KL where there are targets; mean CE.
 
     The logits of a chunk of positions exist at a time, never [batch, length, vocab].
     """
-    constants: tuple[mx.array, ...] = (batch.ids, batch.weights, batch.labels)
-    if isinstance(losses, BucketKL):
-        constants = (batch.ids, batch.weights, batch.log_tail_mass, batch.labels)
+    constants = [getattr(batch, name) for name in losses.names]
+    loss = on_tier(losses)
     if head.reason is None:
         hidden = head.trunk(batch.tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
         shares = batch.kd_weight / len(batch.rows), batch.ce_weight / len(batch.rows)
-        loss, (kl, ce) = distill_kernels.chunked_sum(losses, hidden, head, constants, shares)
+        total, (kl, ce) = distill_kernels.chunked_sum(loss, hidden, head, constants, shares)
     else:
         logits = head.model(batch.tokens)
-        kl, ce = losses(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
-        loss = (batch.kd_weight * kl + batch.ce_weight * ce).mean()
+        kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
+        total = (batch.kd_weight * kl + batch.ce_weight * ce).mean()
     answered = batch.kd_weight > 0
-    return loss, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
+    return total, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
 
 
-def row_loss(recipe: Recipe | None, temperature: float | None = None) -> RowLoss:
+def row_loss(recipe: Recipe | None, temperature: float | None = None) -> LogitsLoss:
     """The loss that a selection serves: unbiased weights take the linear KL, a truncated teacher the tail bucket."""
     if recipe is None:
         return SparseKL()
