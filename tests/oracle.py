@@ -113,6 +113,21 @@ def bucket(kind: Any, z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels:
     return Losses(kd, cross_entropy(z, labels)[0], d_kd, cross_entropy(z, labels)[1])
 
 
+def sampled(kind: Any, z: Floats, ids: Ints, w: Floats, log_p: Floats, labels: Ints, t: float) -> Losses:
+    """T² sum w / p f(p, q), over the entries."""
+    ce, d_ce = cross_entropy(z, labels)
+    kd, d_kd = np.zeros(len(z)), np.zeros_like(z)
+    for n in range(len(z)):
+        q, dq = np.exp(log_softmax(z[n] / t)), np.zeros(z.shape[1])
+        for i, weight in kept(ids[n], w[n], z.shape[1]):
+            p = np.exp(log_p[n][list(ids[n]).index(i)])
+            f, df = divergence(kind, np.array([p]), q[i : i + 1])
+            kd[n] += t * t * weight / p * f[0]
+            dq[i] += t * t * weight / p * df[0]
+        d_kd[n] = through_softmax(dq, q) / t
+    return Losses(kd, ce, d_kd, d_ce)
+
+
 def dense(kind: Any, z: Floats, teacher: Floats, labels: Ints, t: float) -> Losses:
     """T² times a divergence of whole distributions."""
     kd, d_kd = np.zeros(len(z)), np.zeros_like(z)

@@ -4,7 +4,7 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import distill_kernels
-from distill_kernels import BucketKL, RowLoss, SparseKL, metal
+from distill_kernels import BucketKL, ReverseKL, RowLoss, SampledLoss, SkewReverseKL, SparseKL, metal
 from distill_kernels.coded import CodedLoss, Kind
 from distill_kernels.sparse_metal import MOST_KEPT, SparseKernel
 from distill_kernels.tier import on_tier
@@ -229,3 +229,15 @@ def values_and_gradient(loss: RowLoss, z: mx.array, rows: list[mx.array]) -> lis
     ones = mx.ones(len(z))
     losses, gradients = mx.vjp(lambda z: list(loss(z, *rows)), [z], [ones, ones])
     return [*losses, *gradients]
+
+
+@pytest.mark.parametrize("t", [1.0, 2.0])
+@pytest.mark.parametrize("divergence", [ReverseKL(), SkewReverseKL()], ids=str)
+def test_a_sampled_reverse_divergence_is_that_of_plain_mlx(divergence: Any, t: float, emulator: Emulated) -> None:  # noqa: F811
+    z, ids, p, _, labels = problem(9, 1000, 50, t)
+    rows = on_mlx([ids, p, np.log(p / 2), labels])
+    loss, logits = SampledLoss(t, divergence=divergence), mx.array(z.astype(np.float32))
+    found, wanted = (values_and_gradient(on_tier(loss, cast(Any, tier)), logits, rows) for tier in ("metal", "ops"))
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=2e-6 * t * t)
+    assert len(emulator.runs) == 2 * len(emulator.schedules)

@@ -29,6 +29,7 @@ from distill_kernels.logits_loss import LogitsLoss  # noqa: E402
 from distill_kernels.metal import why  # noqa: E402
 from distill_kernels.ranking import HingeRank, LogisticRank, hinge_rank_ce, logistic_rank_ce  # noqa: E402
 from distill_kernels.row_loss import RowLoss  # noqa: E402
+from distill_kernels.sampled import SampledLoss, sampled_loss_ce  # noqa: E402
 from distill_kernels.sparse_kl import SoftCE, SparseKL, soft_ce, sparse_kl_ce  # noqa: E402
 from distill_kernels.tier import on_tier  # noqa: E402
 
@@ -46,6 +47,7 @@ __all__ = [
     "LogitsLoss",
     "ReverseKL",
     "RowLoss",
+    "SampledLoss",
     "SkewKL",
     "SkewReverseKL",
     "SoftCE",
@@ -60,6 +62,7 @@ __all__ = [
     "logistic_rank_ce",
     "on_cpu",
     "on_tier",
+    "sampled_loss_ce",
     "soft_ce",
     "sparse_kl_ce",
     "split_head",

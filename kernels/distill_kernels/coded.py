@@ -33,6 +33,10 @@ class CodedLoss(RowLoss):
     loss: LogitsLoss
     kind: Kind
 
+    def __post_init__(self) -> None:
+        if not {"ids", "weights"} <= set(self.loss.names) or "log_probs" in self.loss.names:
+            raise ValueError(f"{type(self.loss).__name__} takes {', '.join(self.loss.names)}, which codes do not give")
+
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         """See `RowLoss.forward`."""
         return self.loss.forward(logits, *self._decoded(rows))

@@ -1,11 +1,13 @@
 """Which entries of a teacher's distribution are kept, on the device where its logits are.
 
 The definition in plain MLX of what `logitstore.cpu_selection` does in NumPy; given the same random numbers both keep
-the same entries, up to float32 rounding. The vocabulary is seen as blocks [64, B], B = ceil(V / 64): id = element * B +
-block.
+the same entries, up to float32 rounding. `select_metal` holds the Metal twins. The vocabulary is seen as blocks
+[64, B], B = ceil(V / 64): id = element * B + block.
 """
 
 from typing import NamedTuple
+
+from distill_kernels.metal import on_metal
 
 import mlx.core as mx
 
@@ -165,13 +167,38 @@ def _long_sum(values: mx.array) -> mx.array:
     return padded.reshape(n, BLOCK_SIZE, -1).sum(axis=1).sum(axis=1)
 
 
-select_threshold = select_threshold_ops
-select_top_k = select_top_k_ops
+def select_threshold(
+    logits: mx.array, labels: mx.array, k: int, temperature: float, block_order: mx.array, start: mx.array
+) -> Kept:
+    """`select_threshold_ops`, or its Metal twin where `metal.on_metal`."""
+    if on_metal():
+        from distill_kernels.select_metal import select_threshold_kernel
+
+        return select_threshold_kernel(logits, labels, k, temperature, block_order, start)
+    return select_threshold_ops(logits, labels, k, temperature, block_order, start)
 
 
-def log_z(logits: mx.array, temperatures: tuple[float, ...]) -> mx.array:
+def select_top_k(logits: mx.array, labels: mx.array, k: int, temperature: float) -> Kept:
+    """`select_top_k_ops`, or its Metal twin where `metal.on_metal`."""
+    if on_metal():
+        from distill_kernels.select_metal import select_top_k_kernel
+
+        return select_top_k_kernel(logits, labels, k, temperature)
+    return select_top_k_ops(logits, labels, k, temperature)
+
+
+def log_z_ops(logits: mx.array, temperatures: tuple[float, ...]) -> mx.array:
     """Return log sum_j p_j^(1 / T) of p = softmax(logits) [N, V] for each T: float32 [N, n]."""
     z = logits.astype(mx.float32)
     z = z - z.max(axis=1, keepdims=True)
     log_total = mx.log(_long_sum(mx.exp(z)))
     return mx.stack([mx.log(_long_sum(mx.exp(z / t))) - log_total / t for t in temperatures], axis=1)
+
+
+def log_z(logits: mx.array, temperatures: tuple[float, ...]) -> mx.array:
+    """`log_z_ops`, or its Metal twin where `metal.on_metal`."""
+    if on_metal():
+        from distill_kernels.select_metal import log_z_kernel
+
+        return log_z_kernel(logits, temperatures)
+    return log_z_ops(logits, temperatures)

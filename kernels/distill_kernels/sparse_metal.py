@@ -79,8 +79,11 @@ class SparseKernel(RowLoss):
         targets, row_weights = self.loss.parted(logits, rows, names)
         n, width = logits.shape
         named = dict(zip(names, targets, strict=True))
-        pair = ("ids", "weights" if self.kind is None else "codes")
-        check_sparse(logits, *(named[name] for name in pair), **{x: a for x, a in named.items() if x not in pair})
+        wide = [named.pop(name) for name in ("ids", "weights", "codes", "log_probs") if name in named]
+        check_sparse(logits, *wide[:2], **named)
+        if wide[-1].shape != wide[0].shape:
+            raise ValueError(f"log_probs must be {list(wide[0].shape)} like ids, found {list(wide[-1].shape)}")
+        named = dict(zip(names, targets, strict=True))
         k = named["ids"].shape[1]
         if k > MOST_KEPT:
             raise ValueError(f"{k:,} entries a row, expected at most {MOST_KEPT:,}; type {VARIABLE}=ops")
@@ -136,5 +139,6 @@ _TYPES = {
     "head_count": mx.uint32,
     "tail": mx.uint8,
     "log_tail_mass": mx.float32,
+    "log_probs": mx.float32,
     "labels": mx.uint32,
 }

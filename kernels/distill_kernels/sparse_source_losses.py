@@ -11,6 +11,7 @@ from distill_kernels import divergence_metal
 from distill_kernels.bucket import BucketLoss
 from distill_kernels.logits_loss import LogitsLoss
 from distill_kernels.ranking import TIE, HingeRank, LogisticRank
+from distill_kernels.sampled import SampledLoss
 from distill_kernels.sparse_kl import SoftCE, SparseKL
 
 
@@ -101,6 +102,37 @@ def _bucket(loss: BucketLoss) -> LossSource:
     )
 
 
+def _sampled(loss: SampledLoss) -> LossSource:
+    cell = """
+                const float log_p = log_probs[size_t(n) * k + i];
+                const Cell cell = cell_of(metal::precise::exp(log_p), log_p, s - lse_t);
+                const float inverse = metal::precise::exp(metal::precise::log(p) - log_p);
+"""
+    return LossSource(
+        f"sampled_{type(loss.divergence).__name__.lower()}",
+        divergence_metal.functions(loss.divergence),
+        f"""
+        float sum = 0.0f;
+        float slopes = 0.0f;
+        {_EACH}{cell}
+                sum += inverse * cell_value(cell, parameter);
+                slopes += inverse * cell_slope(cell, parameter);
+            }}
+        }}
+        loss = temperature * temperature * group_sum(sum, parts, at);
+        total = group_sum(slopes, parts, at);
+""",
+        f"""
+        const float a = temperature * ct;
+        coefficient = -a * total;
+        {_EACH}{cell}
+                {_PUT} a * inverse * cell_slope(cell, parameter);
+            }}
+        }}
+""",
+    )
+
+
 _SCORES = """
         for (uint i = tid; i < k; i += threads) {
             const float s = kept[i] > 0.0f ? final_of(float(row[row_ids[i] * step])) / temperature : 0.0f;
@@ -166,6 +198,8 @@ def source_of(loss: LogitsLoss) -> LossSource:
         return _linear("sparse_kl", "lse_t - s + metal::precise::log(p)")
     if isinstance(loss, BucketLoss):
         return _bucket(loss)
+    if isinstance(loss, SampledLoss):
+        return _sampled(loss)
     if isinstance(loss, HingeRank):
         return _rank("hinge", "metal::precise::exp(s - lse_t)", "u *= scores[i];", _HINGE)
     if isinstance(loss, LogisticRank):
@@ -196,7 +230,7 @@ inline float logistic_slope(float, float above, float below, Parameter) {
 
 
 def parameter_of(loss: LogitsLoss) -> float:
-    if isinstance(loss, BucketLoss):
+    if isinstance(loss, (BucketLoss, SampledLoss)):
         return divergence_metal.parameter(loss.divergence)
     margin = getattr(loss, "margin", None)
     return math.inf if margin is None else float(margin)
