@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.evaluate import evaluate
-from distill_trainer.train import batch_loss, row_loss, train
+from distill_trainer.losses import loss_of
+from distill_trainer.train import batch_loss, train
 from logitstore.documents import read_documents
 from logitstore.errors import ModelError
 from logitstore.model import LoadedModel, load_model
@@ -94,7 +95,7 @@ def test_the_gradient_through_the_whole_student_is_that_of_finite_differences_in
     tmp_path: Path, world: World, select: str
 ) -> None:
     world.build(tmp_path / "s.zarr", select=select, temperature=(2.0,))
-    losses = row_loss(open_store(tmp_path / "s.zarr").manifest.recipe)
+    losses = loss_of(["kl"], open_store(tmp_path / "s.zarr").manifest.recipe, 2.0, "s.zarr")
     student = load_model(world.student)
     batch = batch_of(world, world.sequences()[:2], 0.7, tmp_path / "s.zarr")
     loss, found = gradient(student, batch, losses)

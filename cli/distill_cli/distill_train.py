@@ -25,7 +25,21 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     help="What to do at a position that no store answers.  [default: online with a teacher, else error]",
 )
 @click.option("--write-back", is_flag=True, help="Keep the teacher's answers in the first store.")
-@click.option("--alpha", default=0.9, show_default=True, help="Weight of distillation; cross-entropy weighs 1 - alpha.")
+@click.option(
+    "--loss",
+    multiple=True,
+    default=("kl",),
+    show_default=True,
+    help="kl, reverse-kl, jsd, skew-kl, skew-reverse-kl, soft-ce, tvd, hinge-rank or logistic-rank, as "
+    "NAME[:NUMBER][=WEIGHT]; several are summed.",
+)
+@click.option(
+    "--alpha",
+    "--kd-ratio",
+    default=0.9,
+    show_default=True,
+    help="Weight of distillation; cross-entropy weighs 1 - alpha.",
+)
 @click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
 @click.option("--temperature", type=float, help="Softmax temperature.  [default: the store's, else 1]")
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)

@@ -32,6 +32,7 @@ from distill_kernels.row_loss import RowLoss  # noqa: E402
 from distill_kernels.sampled import SampledLoss, sampled_loss_ce  # noqa: E402
 from distill_kernels.sparse_kl import SoftCE, SparseKL, soft_ce, sparse_kl_ce  # noqa: E402
 from distill_kernels.tier import on_tier  # noqa: E402
+from distill_kernels.weighted import WeightedLoss  # noqa: E402
 
 __all__ = [
     "JSD",
@@ -52,6 +53,7 @@ __all__ = [
     "SkewReverseKL",
     "SoftCE",
     "SparseKL",
+    "WeightedLoss",
     "bucket_kl_ce",
     "bucket_loss_ce",
     "chunk_rows",

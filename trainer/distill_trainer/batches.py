@@ -36,6 +36,8 @@ class Batch(NamedTuple):
     """uint32 [N, k]"""
     weights: mx.array
     """float32 [N, k]; zero where a position has no targets."""
+    log_probs: mx.array
+    """float32 [N, k]; the entries' own log-probs, where the store keeps them, else 0."""
     log_tail_mass: mx.array
     """float32 [N]"""
     kd_weight: mx.array
@@ -83,16 +85,20 @@ def collate(
         if not len(positions):
             continue
         n, at = len(positions), positions[answered]
-        ids, weights, tail = np.zeros((n, k), np.uint32), np.zeros((n, k), np.float32), np.zeros(n, np.float32)
+        ids, tail = np.zeros((n, k), np.uint32), np.zeros(n, np.float32)
+        weights, log_probs = np.zeros((n, k), np.float32), np.zeros((n, k), np.float32)
         if target is not None:
             ids[answered], weights[answered], tail[answered] = (
                 target.ids[at],
                 target.weights[at],
                 target.log_tail_mass[at],
             )
+            if target.log_probs is not None:
+                log_probs[answered] = target.log_probs[at]
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
-        parts.append((b * t_max + positions, sequence.token_ids[positions + 1], ids, weights, tail, alpha, 1 - alpha))
+        labels = sequence.token_ids[positions + 1]
+        parts.append((b * t_max + positions, labels, ids, weights, log_probs, tail, alpha, 1 - alpha))
     if not parts:
         return None
-    rows, labels, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Batch(mx.array(tokens), rows.astype(mx.int32), labels, *others)
+    rows, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))
+    return Batch(mx.array(tokens), rows.astype(mx.int32), *others)

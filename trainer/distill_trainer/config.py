@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from distill_trainer.losses import Term
 from logitstore.errors import ConfigError
 from logitstore.selection import Selection
 
@@ -33,6 +34,8 @@ class TrainConfig:
     on_miss: OnMiss | None = None
     """What to do at a position that no store answers. None: online with a teacher, else error."""
     write_back: bool = False
+    loss: tuple[str, ...] = ("kl",)
+    """Distillation losses, NAME[:NUMBER][=WEIGHT] each; their weighted sum is trained."""
     alpha: float = 0.9
     """Weight of the distillation term; cross-entropy weighs 1 - alpha."""
     select: str | None = None
@@ -58,6 +61,9 @@ class TrainConfig:
         Raises:
             ConfigError: naming the flag.
         """
+        _require(bool(self.loss), "loss names none; type --loss kl")
+        for text in self.loss:
+            Term.parse(text)
         _require(0 <= self.alpha <= 1, f"alpha is {self.alpha:g}, expected 0 to 1; type --alpha 0.9")
         _require(
             self.temperature is None or 0 < self.temperature < math.inf,
@@ -214,7 +220,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str | None: ("text", _of(str)),
     OnMiss | None: ("text", _of(str)),
     FineTuneType: ("text", _of(str)),
-    tuple[str, ...]: ("a path, or a list of paths", _texts),
+    tuple[str, ...]: ("text, or a list of texts", _texts),
     bool: ("true or false", _of(bool)),
     int: ("a whole number", _whole),
     int | None: ("a whole number", _whole),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill_trainer.config import TrainConfig
+from distill_trainer.losses import loss_of
 from distill_trainer.targets import TargetSource
 from logitstore.build import open_or_create
 from logitstore.contract import Store
@@ -38,6 +39,7 @@ def open_stores(config: TrainConfig) -> list[Store]:
     if stores:
         first, recipe = stores[0], stores[0].manifest.recipe
         recipe.set_number(config.temperature)
+        loss_of(config.loss, recipe, config.temperature or recipe.temperatures[0], str(first.path))
         if config.select is not None and Selection.parse(config.select) != recipe.selection:
             raise ConfigError(
                 f"{first.path} was built with --select {recipe.selection}, this run asks for {config.select}; "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import distill_kernels
-from distill_kernels import BucketKL, LogitsLoss, SparseKL, on_tier
+from distill_kernels import SparseKL, on_tier
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.config import TrainConfig
+from distill_trainer.losses import Loss, loss_of
 from distill_trainer.output import (
     CONFIG,
     METRICS,
@@ -35,7 +36,6 @@ from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
 from logitstore.prefetch import prefetched
-from logitstore.recipe import Recipe
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
 from logitstore.targets import SparseTargets
 
@@ -126,7 +126,7 @@ def run_steps(
 ) -> None:
     """The loop: batch, targets, loss, step, metrics. `report` is kept up to date along the way."""
     head = distill_kernels.split_head(model)
-    losses = row_loss(source.recipe, source.temperature) if source else row_loss(None)
+    losses = SparseKL() if source is None else loss_of(config.loss, source.recipe, source.temperature, "the teacher")
     optimizer = optim.Adam(learning_rate=config.learning_rate, bias_correction=True)
     weighing = Weighing(config.alpha, config.miss_policy)
     answers = answered_batches(config, sequences, source)
@@ -184,7 +184,7 @@ def answered_batches(
         yield chosen, *(source.answer(chosen, epoch) if source else ([None] * len(chosen), Count()))
 
 
-def batch_loss(head: distill_kernels.Head, losses: LogitsLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """Mean over trained positions of kd_weight · KL + ce_weight · CE; mean KL where there are targets; mean CE.
 
     The logits of a chunk of positions exist at a time, never [batch, length, vocab].
@@ -202,14 +202,6 @@ def batch_loss(head: distill_kernels.Head, losses: LogitsLoss, batch: Batch) -> 
         total = (batch.kd_weight * kl + batch.ce_weight * ce).mean()
     answered = batch.kd_weight > 0
     return total, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
-
-
-def row_loss(recipe: Recipe | None, temperature: float | None = None) -> LogitsLoss:
-    """The loss that a selection serves: unbiased weights take the linear KL, a truncated teacher the tail bucket."""
-    if recipe is None:
-        return SparseKL()
-    t = recipe.temperatures[0] if temperature is None else temperature
-    return SparseKL(t) if recipe.selection.unbiased else BucketKL(t)
 
 
 def say_coverage(
