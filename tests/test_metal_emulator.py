@@ -540,10 +540,13 @@ def test_emulated_raises_or_records_and_ends() -> None:
 
 
 def test_inside_compile_the_error_says_so() -> None:
-    with emulated():
-        made = kernel(SQUARE)
-        with pytest.raises(CaptureError, match=r"cannot run inside mx\.compile"):
+    mx.enable_compile()
+    try:
+        with emulated(), pytest.raises(CaptureError, match=r"cannot run inside mx\.compile"):
+            made = kernel(SQUARE)
             mx.compile(lambda x: made(**call(x))[0])(mx.zeros(64))
+    finally:
+        mx.disable_compile()  # as the other tests of this suite have it
 
 
 # ---------------------------------------------------------------- a kernel of somebody else
