@@ -166,3 +166,18 @@ def test_every_run_had_the_same_result_under_every_schedule(emulator: Emulated) 
     for at in range(0, len(runs), len(SCHEDULES)):
         first, *others = (run.outputs for run in runs[at : at + len(SCHEDULES)])
         assert all(mx.array_equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("tier", ["ops", "metal"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", CASES)
+def test_a_logit_that_is_no_number_is_told_by_the_loss_and_the_gradient(name: str, bad: float, tier: Any) -> None:
+    loss = CASES[name].loss(1.0)
+    z, rows = rows_of(loss, 2, 100, 5, 1.0)
+    kept = rows[0][0] if loss.names[0] == "ids" else np.arange(0)
+    z[0, next(v for v in range(100) if v not in kept)] = bad
+    cts = np.array([[1.0, 1], [1, 1]])
+    kd, ce, dz = all_of(on_tier(loss, tier), mx.array(z.astype(np.float32)), rows, cts)
+    assert not np.isfinite(ce[0]) and np.isfinite(kd[1]) and np.isfinite(dz[1]).all()
+    assert name == "logistic" or bad == np.inf or np.isnan(kd[0])  # the pairs of a ranking do not see the others
+    assert not np.isfinite(dz[0]).all()

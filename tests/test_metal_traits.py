@@ -4,7 +4,18 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import distill_kernels
-from distill_kernels import BucketKL, ReverseKL, RowLoss, SampledLoss, SkewReverseKL, SparseKL, metal
+from distill_kernels import (
+    BucketKL,
+    BucketLoss,
+    DenseLoss,
+    ForwardKL,
+    ReverseKL,
+    RowLoss,
+    SampledLoss,
+    SkewReverseKL,
+    SparseKL,
+    metal,
+)
 from distill_kernels.coded import CodedLoss, Kind
 from distill_kernels.sparse_metal import MOST_KEPT, SparseKernel
 from distill_kernels.tier import on_tier
@@ -241,3 +252,69 @@ def test_a_sampled_reverse_divergence_is_that_of_plain_mlx(divergence: Any, t: f
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=3e-6, atol=2e-6 * t * t)
     assert len(emulator.runs) == 2 * len(emulator.schedules)
+
+
+class Doubled(SparseKL):
+    """A user's own."""
+
+    def value(self, z: mx.array, *targets: mx.array) -> Any:
+        (kd, ce), saved = super().value(z, *targets)
+        return (2 * kd, ce), saved
+
+
+class Own(ForwardKL):
+    """A divergence of a user's own."""
+
+
+@pytest.mark.parametrize("loss", [Doubled(), BucketLoss(divergence=Own()), DenseLoss(divergence=Own())], ids=repr)
+def test_a_users_own_loss_runs_as_it_is_written_and_never_as_another_kernel(loss: Any, emulator: Emulated) -> None:  # noqa: F811
+    assert on_tier(loss) is loss and not emulator.runs
+    with pytest.raises(TypeError, match="has no Metal kernel"):
+        on_tier(loss, "metal")
+
+
+@pytest.mark.usefixtures("emulator")
+@pytest.mark.parametrize("far", [2**32 + 3, -(2**40), 2**31])
+def test_an_id_that_needs_64_bits_is_no_other_token(far: int) -> None:
+    z, rows = sparse_problem(2, 7, 3)
+    nobody = mx.array([far, -1], mx.int64)
+    assert not SparseKernel(SparseKL())(z, rows[0], rows[1], nobody)[1].any()
+    wide = mx.broadcast_to(nobody[:1, None], (2, 3))
+    assert not SparseKernel(SparseKL())(z, wide, rows[1], rows[2])[0].any()
+
+
+def test_a_loss_has_a_first_derivative_and_refuses_a_second() -> None:
+    z, rows = sparse_problem(2, 7, 3)
+
+    def slope(z: mx.array) -> mx.array:
+        return mx.square(mx.grad(lambda z: SparseKL()(z, *rows)[0].sum())(z)).sum()
+
+    with pytest.raises(ValueError, match="a hand-written gradient has no gradient of its own"):
+        mx.grad(slope)(z)
+
+
+def test_no_rows_and_no_entries_are_refused_by_shape() -> None:
+    z, (ids, weights_, labels) = sparse_problem(2, 7, 3)
+    with pytest.raises(ValueError, match=r"logits must be \[N >= 1, V >= 1\], found shape \(0, 7\)"):
+        SparseKL()(z[:0], ids[:0], weights_[:0], labels[:0])
+    with pytest.raises(ValueError, match=r"must be \[2, k >= 1\] alike, found \(2, 0\)"):
+        SparseKL()(z, ids[:, :0], weights_[:, :0], labels)
+
+
+def test_an_infinite_divergence_that_weighs_nothing_is_no_part_of_a_sum() -> None:
+    model = Headed()
+    rows = [mx.array([[1]]), mx.array([[1.0]]), mx.array([-mx.inf]), mx.array([2])]
+    loss, cts = BucketLoss(divergence=ReverseKL()), [mx.zeros(1), mx.ones(1)]
+    total, (kd, ce) = distill_kernels.chunked_sum(loss, mx.ones((1, 4)), distill_kernels.split_head(model), rows, cts)
+    assert mx.isinf(kd).item() and total.item() == pytest.approx(ce.item())
+
+
+class Headed(nn.Module):
+    """Nothing but an LM head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.lm_head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.lm_head(self.model(tokens))

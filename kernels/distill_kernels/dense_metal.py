@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from distill_kernels import divergence_metal
 from distill_kernels.dense import DenseLoss
 from distill_kernels.metal import launch, threads_per_row
-from distill_kernels.metal_source import COMMON, gradient_inputs, options
+from distill_kernels.metal_source import COMMON, as_ids, gradient_inputs, options
 from distill_kernels.row_loss import Arrays, RowLoss
 from distill_kernels.row_ops import check_vectors
 
@@ -25,10 +25,10 @@ PROLOGUE = """
     const bool tempered = temperature != 1.0f;
     const Final final_of = {options[1], options[2]};
     const Parameter parameter = {options[3], options[4], options[5]};
-    const auto row = logits + size_t(n) * size_t(logits_strides[0]);
-    const size_t step = size_t(logits_strides[1]);
-    const auto teacher = teacher_logits + size_t(n) * size_t(teacher_logits_strides[0]);
-    const size_t teacher_step = size_t(teacher_logits_strides[1]);
+    const auto row = logits + long(n) * long(logits_strides[0]);
+    const long step = long(logits_strides[1]);
+    const auto teacher = teacher_logits + long(n) * long(teacher_logits_strides[0]);
+    const long teacher_step = long(teacher_logits_strides[1]);
     const float row_weight = row_weights[n];
     const uint label = labels[n];
     threadgroup float parts[32];
@@ -54,9 +54,9 @@ FORWARD = """
         float s_p[PER_THREAD];
         for (uint i = 0; i < PER_THREAD; i++) {
             const uint v = first + i;
-            z[i] = v < vocab ? final_of(float(row[v * step])) : NEGATIVE_INFINITY;
+            z[i] = v < vocab ? final_of(float(row[long(v) * step])) : NEGATIVE_INFINITY;
             s[i] = z[i] / temperature;
-            s_p[i] = v < vocab ? float(teacher[v * teacher_step]) / temperature : NEGATIVE_INFINITY;
+            s_p[i] = v < vocab ? float(teacher[long(v) * teacher_step]) / temperature : NEGATIVE_INFINITY;
         }
         include<PER_THREAD>(part_t, s);
         include<PER_THREAD>(part_p, s_p);
@@ -72,8 +72,8 @@ FORWARD = """
     float slope = 0.0f;
     for (uint first = tid * PER_THREAD; first < vocab; first += threads * PER_THREAD) {
         for (uint v = first; v < metal::min(first + PER_THREAD, vocab); v++) {
-            const float log_p = float(teacher[v * teacher_step]) / temperature - lse_p;
-            const float log_q = final_of(float(row[v * step])) / temperature - lse_t;
+            const float log_p = float(teacher[long(v) * teacher_step]) / temperature - lse_p;
+            const float log_q = final_of(float(row[long(v) * step])) / temperature - lse_t;
             const Cell cell = cell_of(metal::precise::exp(log_p), log_p, log_q);
             value += cell_value(cell, parameter);
             slope += cell_slope(cell, parameter);
@@ -83,7 +83,7 @@ FORWARD = """
     slope = group_sum(slope, parts, at);
     if (tid == 0) {
         kd[n] = row_weight * temperature * temperature * value;
-        ce[n] = label < vocab ? row_weight * (lse - final_of(float(row[label * step]))) : 0.0f;
+        ce[n] = label < vocab ? row_weight * (lse - final_of(float(row[long(label) * step]))) : 0.0f;
         saved[size_t(n) * 4] = lse;
         saved[size_t(n) * 4 + 1] = lse_t;
         saved[size_t(n) * 4 + 2] = lse_p;
@@ -107,10 +107,10 @@ BACKWARD = """
                 into[v] = T(0.0f);
                 continue;
             }
-            const float z = final_of(float(row[v * step]));
+            const float z = final_of(float(row[long(v) * step]));
             float dz = 0.0f;
             if (a != 0.0f) {
-                const float log_p = float(teacher[v * teacher_step]) / temperature - lse_p;
+                const float log_p = float(teacher[long(v) * teacher_step]) / temperature - lse_p;
                 const Cell cell = cell_of(metal::precise::exp(log_p), log_p, z / temperature - lse_t);
                 dz = a * (cell_slope(cell, parameter) - cell.q * total);
             }
@@ -134,6 +134,18 @@ class DenseKernel(RowLoss):
 
     loss: DenseLoss
 
+    @classmethod
+    def of(cls, loss: DenseLoss) -> "DenseKernel":
+        """The twin of a loss.
+
+        Raises:
+            TypeError: it, or its divergence, is a user's own.
+        """
+        if type(loss) is not DenseLoss:
+            raise TypeError(f"{type(loss).__name__} has no Metal kernel")
+        divergence_metal.functions(loss.divergence)
+        return cls(loss)
+
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         """See `RowLoss.forward`: (kd, ce), and [N, 4] of what a gradient needs."""
         n = len(logits)
@@ -156,7 +168,7 @@ class DenseKernel(RowLoss):
         return {
             "logits": logits,
             "teacher_logits": teacher,
-            "labels": mx.contiguous(labels.astype(mx.uint32)),
+            "labels": as_ids(labels),
             "row_weights": mx.ones(n) if row_weights is None else mx.contiguous(row_weights.astype(mx.float32)),
             "options": options(loss, divergence_metal.parameter(loss.divergence)),
             "sizes": mx.array([vocab, width], mx.uint32),

@@ -48,7 +48,7 @@ class ReverseKL:
 
     def value(self, p: mx.array, log_p: mx.array, q: mx.array, log_q: mx.array) -> mx.array:
         del p
-        return mx.where(q > 0, q * (log_q - log_p), 0)
+        return mx.where(q == 0, 0, q * (log_q - log_p))
 
     slope = value
 
@@ -71,7 +71,7 @@ class JSD:
 
     def slope(self, p: mx.array, log_p: mx.array, q: mx.array, log_q: mx.array) -> mx.array:
         del p
-        return (1 - self.beta) * mx.where(q > 0, q * log_over_mixture(log_q, log_p, 1 - self.beta), 0)
+        return (1 - self.beta) * mx.where(q == 0, 0, q * log_over_mixture(log_q, log_p, 1 - self.beta))
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class SkewReverseKL:
 
     def value(self, p: mx.array, log_p: mx.array, q: mx.array, log_q: mx.array) -> mx.array:
         del p
-        return mx.where(q > 0, q * log_over_mixture(log_q, log_p, self.lam), 0)
+        return mx.where(q == 0, 0, q * log_over_mixture(log_q, log_p, self.lam))
 
     def slope(self, p: mx.array, log_p: mx.array, q: mx.array, log_q: mx.array) -> mx.array:
         del p
         log_ratio = log_over_mixture(log_q, log_p, self.lam)
-        return mx.where(q > 0, q * (log_ratio - self.lam * mx.exp(log_ratio)), 0)
+        return mx.where(q == 0, 0, q * (log_ratio - self.lam * mx.exp(log_ratio)))
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ inline float cell_value(Cell c, Parameter) { return c.p > 0.0f ? c.p * (c.log_p 
 inline float cell_slope(Cell c, Parameter) { return -c.p; }
 """,
     ReverseKL: """
-inline float cell_value(Cell c, Parameter) { return c.q > 0.0f ? c.q * (c.log_q - c.log_p) : 0.0f; }
+inline float cell_value(Cell c, Parameter) { return c.q == 0.0f ? 0.0f : c.q * (c.log_q - c.log_p); }
 inline float cell_slope(Cell c, Parameter) { return cell_value(c, Parameter()); }
 """,
     JSD: """
 inline float cell_slope(Cell c, Parameter beta) {
     const float log_ratio = log_over_mixture(c.log_q, c.log_p, beta.log_rest, beta.log_value);
-    return c.q > 0.0f ? (1.0f - beta.value) * c.q * log_ratio : 0.0f;
+    return c.q == 0.0f ? 0.0f : (1.0f - beta.value) * c.q * log_ratio;
 }
 inline float cell_value(Cell c, Parameter beta) {
     const float p_over_m = c.p > 0.0f ? c.p * log_over_mixture(c.log_p, c.log_q, beta.log_value, beta.log_rest) : 0.0f;
@@ -39,11 +39,11 @@ inline float cell_slope(Cell c, Parameter lam) {
 """,
     SkewReverseKL: """
 inline float cell_value(Cell c, Parameter lam) {
-    return c.q > 0.0f ? c.q * log_over_mixture(c.log_q, c.log_p, lam.log_value, lam.log_rest) : 0.0f;
+    return c.q == 0.0f ? 0.0f : c.q * log_over_mixture(c.log_q, c.log_p, lam.log_value, lam.log_rest);
 }
 inline float cell_slope(Cell c, Parameter lam) {
     const float log_ratio = log_over_mixture(c.log_q, c.log_p, lam.log_value, lam.log_rest);
-    return c.q > 0.0f ? c.q * (log_ratio - lam.value * metal::precise::exp(log_ratio)) : 0.0f;
+    return c.q == 0.0f ? 0.0f : c.q * (log_ratio - lam.value * metal::precise::exp(log_ratio));
 }
 """,
     TVD: """
@@ -70,7 +70,13 @@ inline Cell cell_of(float p, float log_p, float log_q) {
 
 
 def functions(divergence: Divergence) -> str:
-    """Metal source of `cell_value(Cell, parameter)` and `cell_slope(Cell, parameter)`."""
+    """Metal source of `cell_value(Cell, parameter)` and `cell_slope(Cell, parameter)`.
+
+    Raises:
+        TypeError: it is a user's own.
+    """
+    if type(divergence) not in _FUNCTIONS:
+        raise TypeError(f"{type(divergence).__name__} has no Metal kernel")
     return _CELL + _MIXTURE + _FUNCTIONS[type(divergence)]
 
 

@@ -53,8 +53,9 @@ def chunked_sum(
     done for its weights. The gradients are computed whether or not anyone asks: to evaluate, call `chunked`.
 
     A gradient of the sum flows to `hidden` and the trainable parameters, and from the losses' own forward pass to
-    `cotangents`, to whatever `loss` captured and to frozen parameters that are differentiated all the same (right, but
-    then every chunk's logits are kept). The losses that are returned are for reports: none flows through them.
+    `cotangents` (not where one is 0: then the loss may be infinite and is left out), to whatever `loss` captured and to
+    frozen parameters that are differentiated all the same (right, but then every chunk's logits are kept). The losses
+    that are returned are for reports: none flows through them.
 
     Args:
         loss, hidden, head, rows, per_chunk: as for `chunked`.
@@ -67,8 +68,8 @@ def chunked_sum(
     params = head.module.trainable_parameters()
     fixed = mx.stop_gradient(hidden), tree_map(mx.stop_gradient, params), [mx.stop_gradient(r) for r in rows]
     weights = [mx.stop_gradient(c) for c in cotangents]
-    losses, _, gradients = _walk(row_loss, head, spans, *fixed, weights)
-    value = sum(((c * x).sum() for c, x in zip(cotangents, losses, strict=True)), mx.array(0.0))
+    losses, gradients = _backward(row_loss, head, spans, *fixed, weights)
+    value = sum((mx.where(c != 0, c * x, 0).sum() for c, x in zip(cotangents, losses, strict=True)), mx.array(0.0))
     held = [gradients]
 
     def gradient(_primals: Any, cotangents: Any) -> Any:
@@ -101,11 +102,11 @@ def chunked(loss: Loss, hidden: mx.array, head: Head, rows: Sequence[mx.array], 
     row_loss, spans = _checked(loss, hidden, head, rows, per_chunk)
     params = head.module.trainable_parameters()
     fixed = [mx.stop_gradient(r) for r in rows]
-    losses, saved, _ = _walk(row_loss, head, spans, mx.stop_gradient(hidden), tree_map(mx.stop_gradient, params), fixed)
+    losses, saved = _forward(row_loss, head, spans, mx.stop_gradient(hidden), tree_map(mx.stop_gradient, params), fixed)
 
     def gradient(primals: Any, cotangents: Any) -> Any:
         h = _after(primals[0], [*losses, *saved])  # else the first chunk is there again before the last one went
-        return _walk(row_loss, head, spans, h, primals[1], fixed, cotangents, saved)[2]
+        return _backward(row_loss, head, spans, h, primals[1], fixed, cotangents, saved)[1]
 
     return _with_gradient(losses, (hidden, params), gradient)
 
@@ -129,22 +130,30 @@ def _with_gradient(values: Arrays, inputs: tuple[mx.array, Any], gradient: Calla
     return tuple(value + zero for value, zero in zip(values, zeros, strict=True))
 
 
-def _walk(
+def _forward(
+    row_loss: RowLoss, head: Head, spans: list[slice], hidden: mx.array, params: Any, rows: Sequence[mx.array]
+) -> tuple[Arrays, Arrays]:
+    """Return (losses, saved) of all chunks."""
+    parts: list[tuple[Arrays, Arrays]] = []
+    for span in spans:
+        h = _after(hidden[span], _arrays(parts[-1:]))
+        parts.append(row_loss.forward(head.with_parameters(h, params), *(r[span] for r in rows)))
+    return _joined(parts)
+
+
+def _backward(
     row_loss: RowLoss,
     head: Head,
     spans: list[slice],
     hidden: mx.array,
     params: Any,
     rows: Sequence[mx.array],
-    cotangents: Sequence[mx.array] | None = None,
+    cotangents: Sequence[mx.array],
     saved: Arrays | None = None,
-) -> tuple[Arrays, Arrays, tuple[mx.array, Any]]:
-    """Return (losses, saved, gradients by hidden and params), the last only where there are cotangents.
-
-    With `saved` of an earlier walk their forward pass is spared, and there are no losses.
-    """
+) -> tuple[Arrays, tuple[mx.array, Any]]:
+    """Return (losses, gradients by hidden and params); with `saved` of a forward pass, that is spared: no losses."""
     trained: dict[str, mx.array] = dict(tree_flatten(params))
-    dense = cotangents is not None and DenseHead.fits(head, trained, hidden)
+    dense = DenseHead.fits(head, trained, hidden)
     leaves = [name for name in trained if not (dense and name == "weight")]
     factors: Factors = []
 
@@ -158,14 +167,13 @@ def _walk(
     d_hidden: list[mx.array] = []
     totals: dict[str, mx.array] = {}
     for span in spans:
-        h = _after(hidden[span], [*d_hidden[-1:], *totals.values(), *(a for x in parts[-1:] for y in x for a in y)])
-        here, inputs = [r[span] for r in rows], [h, *(trained[name] for name in leaves)]
-        if cotangents is None:
-            parts.append(row_loss.forward(logits(*inputs), *here))
-            continue
+        h = _after(hidden[span], [*d_hidden[-1:], *totals.values(), *_arrays(parts[-1:])])
+        inputs = [h, *(trained[name] for name in leaves)]
         known = None if saved is None else tuple(s[span] for s in saved)
         factors.clear()
-        part, (dh, *grads) = _pull(row_loss, logits, inputs, here, tuple(c[span] for c in cotangents), known)
+        part, (dh, *grads) = _pull(
+            row_loss, logits, inputs, [r[span] for r in rows], tuple(c[span] for c in cotangents), known
+        )
         parts.append(part)
         d_hidden.append(dh)
         for name, g in zip(leaves, grads, strict=True):
@@ -173,11 +181,18 @@ def _walk(
         for x, dz in factors:
             pair = dz.astype(mx.float32).T, x.astype(mx.float32)
             totals["weight"] = mx.addmm(totals["weight"], *pair) if "weight" in totals else mx.matmul(*pair)
-    losses, kept = (tuple(mx.concatenate(list(c)) for c in zip(*p, strict=True)) for p in zip(*parts, strict=True))
-    if cotangents is None:
-        return losses, kept, (hidden, params)
     d_params = [(name, totals[name].astype(trained[name].dtype)) for name in trained]
-    return losses, kept, (mx.concatenate(d_hidden), tree_unflatten(d_params))
+    return _joined(parts)[0], (mx.concatenate(d_hidden), tree_unflatten(d_params))
+
+
+def _arrays(parts: list[tuple[Arrays, Arrays]]) -> list[mx.array]:
+    return [array for losses, saved in parts for array in (*losses, *saved)]
+
+
+def _joined(parts: list[tuple[Arrays, Arrays]]) -> tuple[Arrays, Arrays]:
+    """Return the chunks' (losses, saved) as those of all rows."""
+    losses, saved = (tuple(mx.concatenate(list(c)) for c in zip(*p, strict=True)) for p in zip(*parts, strict=True))
+    return losses, saved
 
 
 def _pull(

@@ -82,8 +82,8 @@ class LogitsLoss(RowLoss):
 
     def parted(self, logits: mx.array, rows: Arrays, names: tuple[str, ...]) -> tuple[Arrays, mx.array | None]:
         """Return (targets, row weights or None)."""
-        if logits.ndim != 2 or logits.shape[1] < (self.vocab_size or 1):
-            raise ValueError(f"logits must be [N, V >= {self.vocab_size or 1}], found shape {logits.shape}")
+        if logits.ndim != 2 or not len(logits) or logits.shape[1] < (self.vocab_size or 1):
+            raise ValueError(f"logits must be [N >= 1, V >= {self.vocab_size or 1}], found shape {logits.shape}")
         targets, extra = rows[: len(names)], rows[len(names) :]
         if len(targets) < len(names) or len(extra) > 1:
             raise ValueError(f"rows must be {', '.join(names)}[, row_weights]; found {len(rows)} arrays")

@@ -19,6 +19,14 @@ def options(loss: LogitsLoss, own: float) -> mx.array:
     return mx.array([loss.temperature, loss.scale, loss.softcap or 0.0, own, *logs], mx.float32)
 
 
+def as_ids(ids: mx.array) -> mx.array:
+    """Return ids as the kernels read them, uint32; what does not fit becomes 2^31 - 1, which no vocabulary holds."""
+    if ids.dtype in (mx.int32, mx.uint32):
+        return mx.contiguous(ids.astype(mx.uint32))
+    wide, nobody = ids.astype(mx.int64), 2**31 - 1
+    return mx.contiguous(mx.where((wide >= 0) & (wide < nobody), wide, nobody).astype(mx.uint32))
+
+
 def gradient_inputs(saved: Arrays, cotangents: Arrays) -> dict[str, mx.array]:
     """What a gradient takes beside a loss's inputs, without gaps: a cotangent is often one number, broadcast."""
     arrays = saved[0], *cotangents
@@ -34,7 +42,7 @@ struct Normaliser {
     float sum;
 };
 
-constant constexpr float NEGATIVE_INFINITY = -INFINITY;
+constant constexpr float NEGATIVE_INFINITY = -metal::numeric_limits<float>::infinity();
 
 inline float finite_or_zero(float x) {
     return x == NEGATIVE_INFINITY ? 0.0f : x;
@@ -60,8 +68,8 @@ inline float log_of(Normaliser n) {
 }
 
 inline float log_add(float a, float b) {
-    const float most = metal::max(a, b);
-    if (metal::isinf(most)) {
+    const float most = a < b ? b : a;  // metal::max would drop a NaN
+    if (metal::isinf(most) && !metal::isnan(b)) {
         return most;
     }
     return most + log1p(metal::precise::exp(-metal::abs(a - b)));

@@ -38,7 +38,7 @@ class RowLoss:
             known = outputs[1] if saved is None else saved
             dz = self.backward(*primals, saved=known, cotangents=cotangents[0])
             # Left out, a row's gradient would be whatever array comes to lie in its place (MLX 0.32.4), not zeros.
-            return dz, *(mx.zeros_like(r) for r in primals[1:])
+            return first_order(dz, *primals), *(mx.zeros_like(r) for r in primals[1:])
 
         losses: Arrays = with_vjp(forward, backward)(logits, *rows)[0]
         return losses
@@ -57,6 +57,19 @@ class Autodiff(RowLoss):
     def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
         del saved
         return mx.vjp(lambda z: list(self.forward(z, *rows)[0]), [logits], list(cotangents))[1][0]
+
+
+def first_order(gradient: Any, *inputs: Any) -> Any:
+    """Return a gradient that refuses to be differentiated: it takes `saved` as constants, which they are not.
+
+    Raises, when it is differentiated:
+        ValueError: always.
+    """
+
+    def refused(*_: Any) -> Any:
+        raise ValueError("a hand-written gradient has no gradient of its own: take one derivative, in reverse mode")
+
+    return with_vjp(lambda found, *_: found, refused)(gradient, *inputs)
 
 
 def with_vjp(function: Callable[..., Any], vjp: Callable[..., Any]) -> Callable[..., Any]:

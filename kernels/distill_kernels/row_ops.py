@@ -7,8 +7,8 @@ import mlx.core as mx
 
 def check_sparse(z: mx.array, ids: mx.array, weights: mx.array, **vectors: mx.array) -> None:
     """Raise ValueError unless the two target arrays are [N, k] alike and every named vector is [N]."""
-    if ids.ndim != 2 or ids.shape != weights.shape or len(ids) != len(z):
-        raise ValueError(f"ids and weights must be [{len(z)}, k] alike, found {ids.shape} and {weights.shape}")
+    if ids.ndim != 2 or 0 in ids.shape or ids.shape != weights.shape or len(ids) != len(z):
+        raise ValueError(f"ids and weights must be [{len(z)}, k >= 1] alike, found {ids.shape} and {weights.shape}")
     check_vectors(z, vectors)
 
 

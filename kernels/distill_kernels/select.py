@@ -8,6 +8,7 @@ the same entries, up to float32 rounding. `select_metal` holds the Metal twins. 
 from typing import NamedTuple
 
 from distill_kernels.metal import on_metal
+from distill_kernels.row_ops import in_vocabulary
 
 import mlx.core as mx
 
@@ -154,9 +155,12 @@ def _kept(
         z = z - z.max(axis=1, keepdims=True)
         probs = mx.exp(z)
     total = _long_sum(probs)
-    label = mx.take_along_axis(z, labels[:, None], axis=1)[:, 0] - mx.log(total)
+    inside, labels = in_vocabulary(labels, logits.shape[1])
+    label = mx.where(inside, mx.take_along_axis(z, labels[:, None], axis=1)[:, 0] - mx.log(total), -mx.inf)
     entropy = mx.log(total) - _long_sum(probs * mx.maximum(z, -1e4)) / total
     tail_mass = mx.take_along_axis(suffix, head_count, axis=1) / suffix[:, :1]
+    bad = mx.isnan(suffix[:, :1])  # a row that is no distribution keeps nothing, and its probabilities say so
+    ids, head_count = mx.where(bad, 0, ids), mx.where(bad, 0, head_count)
     return Kept(ids.astype(mx.uint32), kept / suffix[:, :1], head_count[:, 0], tail_mass[:, 0], label, entropy)
 
 

@@ -1,6 +1,7 @@
 """The linear losses on a sparse teacher, KL and soft cross-entropy, with cross-entropy to the label in the same pass.
 
-They serve unbiased selections (a sample whose weights stand for the whole distribution) and a full teacher (k = V). For
+They serve unbiased selections (a sample whose weights stand for the whole distribution) and a full teacher (k = V; as a
+kernel up to 1,024 entries a row). For
 a truncated teacher, whose weights stand only for themselves, see `bucket`.
 """
 

@@ -6,7 +6,7 @@ from typing import Any
 from distill_kernels.coded import CodedLoss, Kind
 from distill_kernels.logits_loss import LogitsLoss
 from distill_kernels.metal import VARIABLE, launch, threads_per_row
-from distill_kernels.metal_source import COMMON, gradient_inputs, options
+from distill_kernels.metal_source import COMMON, as_ids, gradient_inputs, options
 from distill_kernels.row_loss import Arrays, RowLoss
 from distill_kernels.row_ops import check_sparse
 from distill_kernels.sparse_source import (
@@ -88,7 +88,10 @@ class SparseKernel(RowLoss):
         if k > MOST_KEPT:
             raise ValueError(f"{k:,} entries a row, expected at most {MOST_KEPT:,}; type {VARIABLE}=ops")
         loss = self.loss
-        dense = {name: mx.contiguous(array.astype(_TYPES[name])) for name, array in named.items()}
+        dense = {
+            name: as_ids(array) if name in ("ids", "labels") else mx.contiguous(array.astype(_TYPES[name]))
+            for name, array in named.items()
+        }
         return {
             "logits": logits,
             **dense,
@@ -133,12 +136,10 @@ class SparseKernel(RowLoss):
 
 
 _TYPES = {
-    "ids": mx.uint32,
     "weights": mx.float32,
     "codes": mx.uint8,
     "head_count": mx.uint32,
     "tail": mx.uint8,
     "log_tail_mass": mx.float32,
     "log_probs": mx.float32,
-    "labels": mx.uint32,
 }

@@ -13,7 +13,7 @@ TABLE = """
 constant constexpr int NOBODY = -1;
 
 inline uint slot_of(uint id, uint slots) {
-    return slots == 1 ? 0 : (id * 2654435769u) >> (metal::clz(slots) + 1);
+    return (id * 2654435769u) >> (metal::clz(slots) + 1);
 }
 
 inline uint insert(threadgroup metal::atomic_int* table, uint slots, uint id) {
@@ -56,8 +56,8 @@ PROLOGUE = """
     const bool tempered = temperature != 1.0f;
     const Final final_of = {options[1], options[2]};
     const Parameter parameter = {options[3], options[4], options[5]};
-    const auto row = logits + size_t(n) * size_t(logits_strides[0]);
-    const size_t step = size_t(logits_strides[1]);
+    const auto row = logits + long(n) * long(logits_strides[0]);
+    const long step = long(logits_strides[1]);
     const auto row_ids = ids + size_t(n) * k;
     const float row_weight = row_weights[n];
     const uint label = uint(labels[n]);
@@ -104,7 +104,7 @@ FORWARD = """
         float s[PER_THREAD];
         for (uint i = 0; i < PER_THREAD; i++) {
             const uint v = first + i;
-            z[i] = v < vocab ? final_of(float(row[v * step])) : NEGATIVE_INFINITY;
+            z[i] = v < vocab ? final_of(float(row[long(v) * step])) : NEGATIVE_INFINITY;
             s[i] = EXCLUDES && v < vocab && holds(table, slots, v) ? NEGATIVE_INFINITY : z[i] / temperature;
         }
         include<PER_THREAD>(part_t, s);
@@ -118,7 +118,7 @@ FORWARD = """
         Normaliser part_kept = {NEGATIVE_INFINITY, 0.0f};
         for (uint i = tid; i < k; i += threads) {
             if (kept[i] > 0.0f) {
-                const float s = final_of(float(row[row_ids[i] * step])) / temperature;
+                const float s = final_of(float(row[long(row_ids[i]) * step])) / temperature;
                 include<1>(part_kept, &s);
             }
         }
@@ -134,7 +134,7 @@ VALUE
     }
     if (tid == 0) {
         kd[n] = row_weight * loss;
-        ce[n] = label < vocab ? row_weight * (lse - final_of(float(row[label * step]))) : 0.0f;
+        ce[n] = label < vocab ? row_weight * (lse - final_of(float(row[long(label) * step]))) : 0.0f;
         saved[size_t(n) * 4] = lse;
         saved[size_t(n) * 4 + 1] = lse_kept;
         saved[size_t(n) * 4 + 2] = lse_rest;
@@ -189,7 +189,7 @@ GRADIENT
                 into[v] = T(0.0f);
                 continue;
             }
-            const float z = final_of(float(row[v * step]));
+            const float z = final_of(float(row[long(v) * step]));
             float dz = 0.0f;
             bool is_kept = false;
             for (uint slot = slot_of(v, slots);; slot = (slot + 1) & (slots - 1)) {

@@ -5,10 +5,10 @@ the losses with a bucket, put in its place.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from distill_kernels import divergence_metal
-from distill_kernels.bucket import BucketLoss
+from distill_kernels.bucket import BucketKL, BucketLoss
 from distill_kernels.logits_loss import LogitsLoss
 from distill_kernels.ranking import TIE, HingeRank, LogisticRank
 from distill_kernels.sampled import SampledLoss
@@ -35,7 +35,7 @@ _EACH = """
         for (uint i = tid; i < k; i += threads) {
             const float p = kept[i];
             if (p > 0.0f) {
-                const float s = final_of(float(row[row_ids[i] * step])) / temperature;
+                const float s = final_of(float(row[long(row_ids[i]) * step])) / temperature;
 """
 _PUT = """
                 added[insert(table, slots, row_ids[i])] = """
@@ -135,7 +135,7 @@ def _sampled(loss: SampledLoss) -> LossSource:
 
 _SCORES = """
         for (uint i = tid; i < k; i += threads) {
-            const float s = kept[i] > 0.0f ? final_of(float(row[row_ids[i] * step])) / temperature : 0.0f;
+            const float s = kept[i] > 0.0f ? final_of(float(row[long(row_ids[i]) * step])) / temperature : 0.0f;
             scores[i] = RANKED_BY;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -192,17 +192,17 @@ def source_of(loss: LogitsLoss) -> LossSource:
     Raises:
         TypeError: it has none.
     """
-    if isinstance(loss, SoftCE):
+    if type(loss) is SoftCE:
         return _linear("soft_ce", "lse_t - s")
-    if isinstance(loss, SparseKL):
+    if type(loss) is SparseKL:
         return _linear("sparse_kl", "lse_t - s + metal::precise::log(p)")
-    if isinstance(loss, BucketLoss):
-        return _bucket(loss)
-    if isinstance(loss, SampledLoss):
+    if type(loss) in (BucketLoss, BucketKL):
+        return _bucket(cast(BucketLoss, loss))
+    if type(loss) is SampledLoss:
         return _sampled(loss)
-    if isinstance(loss, HingeRank):
+    if type(loss) is HingeRank:
         return _rank("hinge", "metal::precise::exp(s - lse_t)", "u *= scores[i];", _HINGE)
-    if isinstance(loss, LogisticRank):
+    if type(loss) is LogisticRank:
         return _rank("logistic", "s", "", _LOGISTIC)
     raise TypeError(f"{type(loss).__name__} has no Metal kernel")
 
@@ -212,7 +212,8 @@ inline float short_by(float gap, float above, float below, Parameter margin) {
     return (metal::isinf(margin.value) ? gap : margin.value) - (above - below);
 }
 inline float hinge_value(float gap, float above, float below, Parameter margin) {
-    return metal::max(short_by(gap, above, below, margin), 0.0f);
+    const float missing = short_by(gap, above, below, margin);
+    return missing < 0.0f ? 0.0f : missing;  // metal::max would drop a NaN
 }
 inline float hinge_slope(float gap, float above, float below, Parameter margin) {
     return short_by(gap, above, below, margin) > 0.0f ? -1.0f : 0.0f;

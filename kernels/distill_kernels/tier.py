@@ -13,7 +13,10 @@ Tier = Literal["ops", "metal"]
 def on_tier(loss: RowLoss, tier: Tier | None = None) -> RowLoss:
     """Return the loss as plain MLX or as its Metal twin: the tier asked for, or else the one that `metal.why` tells.
 
-    A loss that is written in MLX operations by its user is returned as it is.
+    A loss that is its user's own, or of a divergence of their own, runs as they wrote it, unless `tier` asks for Metal.
+
+    Raises:
+        TypeError: `tier` is "metal", and the loss has no kernel.
     """
     metal = on_metal() if tier is None else tier == "metal"
     if not metal or not isinstance(loss, (LogitsLoss, CodedLoss)):
@@ -22,4 +25,9 @@ def on_tier(loss: RowLoss, tier: Tier | None = None) -> RowLoss:
     from distill_kernels.dense_metal import DenseKernel
     from distill_kernels.sparse_metal import SparseKernel
 
-    return DenseKernel(loss) if isinstance(loss, DenseLoss) else SparseKernel.of(loss)
+    try:
+        return DenseKernel.of(loss) if isinstance(loss, DenseLoss) else SparseKernel.of(loss)
+    except TypeError:
+        if tier is not None:
+            raise
+        return loss

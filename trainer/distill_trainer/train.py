@@ -199,7 +199,7 @@ def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[
     else:
         logits = head.model(batch.tokens)
         kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
-        total = (batch.kd_weight * kl + batch.ce_weight * ce).mean()
+        total = (mx.where(batch.kd_weight > 0, batch.kd_weight * kl, 0) + batch.ce_weight * ce).mean()
     answered = batch.kd_weight > 0
     return total, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
 
