@@ -120,10 +120,12 @@ def test_a_signal_ends_a_run_after_a_whole_step_and_resuming_is_exact(
     assert lines(out) == lines(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_run_that_ended_goes_on_with_more_iters_and_the_metrics_after_its_checkpoint_are_made_again(
-    tmp_path: Path, world: World
+    tmp_path: Path, world: World, kind: str
 ) -> None:
     out, options = tmp_path / "o", {"store": (str(world.store),), "lora_parameters": DROPOUT, "save_every": 4}
+    options["fine_tune_type"] = kind
     world.train(tmp_path / "whole", iters=9, **options)
     world.train(out, iters=5, **options)
     with (out / "metrics.jsonl").open("a") as file:
@@ -274,3 +276,39 @@ def test_a_cut_student_goes_on_over_the_base_that_was_written_for_it(tmp_path: P
     world.train(tmp_path / "o", iters=4, resume=True, **options)
     world.train(tmp_path / "whole", iters=4, **options)
     assert lines(tmp_path / "o") == lines(tmp_path / "whole")
+
+
+def test_a_disk_that_has_no_room_for_a_checkpoint_loses_nothing_of_what_was_learned(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    options = {"store": (str(world.store),), "lora_parameters": DROPOUT}
+    world.train(tmp_path / "o", iters=4, save_every=2, **options)
+    monkeypatch.setattr("distill_trainer.checkpoint.publish", failing)
+    with pytest.raises(ConfigError, match="o cannot be written: No space left on device; mend this"):
+        world.train(tmp_path / "o", iters=6, save_every=9, resume=True, **options)
+    monkeypatch.undo()
+    assert kept(tmp_path / "o")[-1] == 4
+    world.train(tmp_path / "whole", iters=6, **options)
+    saved, whole = (mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("o", "whole"))
+    assert all(mx.array_equal(saved[name], whole[name]).item() for name in whole)
+
+
+def test_what_the_teacher_answered_before_a_kill_does_not_change_what_is_learned_after(
+    tmp_path: Path, world: World
+) -> None:
+    """Hits and misses differ: what was kept is a hit the second time."""
+    losses = []
+    for name in ("whole", "cut"):
+        options = {"store": (str(tmp_path / f"{name}.zarr"),), "teacher": str(world.teacher), "write_back": True}
+        options |= {"save_every": 2, "lora_parameters": DROPOUT, "batch_size": 1}
+        if name == "whole":
+            world.train(tmp_path / name, iters=10, **options)
+        else:
+            (tmp_path / "cut.json").write_text(json.dumps(world.config(tmp_path / name, iters=10, **options).to_json()))
+            stopped(tmp_path / name, 5, signal.SIGKILL)
+            world.train(tmp_path / name, iters=10, resume=True, **options)
+        losses.append([line[1:4] for line in lines(tmp_path / name)])
+    assert losses[0] == losses[1]

@@ -13,8 +13,7 @@ all; older ones go once a newer one is there.
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +27,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import random_key, seed
-from distill_trainer.interrupts import uninterrupted
 from distill_trainer.output import CHECKPOINTS, METRICS, writing
 from distill_trainer.report import TrainReport
 from distill_trainer.student import save_weights, trainable
@@ -36,7 +34,7 @@ from distill_trainer.targets import Count
 from logitstore.contract import Store
 from logitstore.digest import config_digest, weights_digest
 from logitstore.durable import publish, sync
-from logitstore.errors import ConfigError, ModelError, StoreError, first_line
+from logitstore.errors import ConfigError, ModelError, first_line
 from logitstore.model import LoadedModel
 from logitstore.sequences import TokenSequence
 
@@ -99,19 +97,6 @@ class Checkpoints:
             self._losses.append(report.final["loss"])
         every = self._config.save_every
         if every is not None and report.steps % every == 0:
-            self.save(report)
-
-    @contextmanager
-    def at_the_end(self, report: TrainReport) -> Iterator[None]:
-        """Save where the block is interrupted or a store fails in it, and at its end where checkpoints are wanted."""
-        try:
-            yield
-        except (KeyboardInterrupt, StoreError):
-            if report.steps:
-                with uninterrupted():
-                    self.save(report)
-            raise
-        if report.steps and self._config.save_every is not None:
             self.save(report)
 
     def save(self, report: TrainReport) -> None:

@@ -7,8 +7,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off what would raise KeyboardInterrupt in this block to its end; in the main thread, where alone it would."""
+def uninterrupted(*, last: bool = False) -> Iterator[None]:
+    """Put off what would raise KeyboardInterrupt in this block to its end; in the main thread, where alone it would.
+
+    Args:
+        last: what is asked for happens anyway after this block, so nothing is raised.
+    """
     asked: list[int] = []
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -20,5 +24,5 @@ def uninterrupted() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:
+    if asked and not last:
         raise KeyboardInterrupt

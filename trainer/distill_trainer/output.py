@@ -47,8 +47,8 @@ def require_run(out: Path) -> None:
 
 
 @contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
-    """Make the folder of a run's output; take it away again where the run ends before its first step.
+def output_folder(out: Path, *, new: bool = True) -> Iterator[Path]:
+    """Make the folder of a run's output; take a new one away again where the run ends before its first step.
 
     Raises:
         ConfigError: it cannot be made: no permission, full disk.
@@ -59,7 +59,7 @@ def output_folder(out: Path) -> Iterator[Path]:
         yield out
     except BaseException:
         with suppress(OSError):  # what ended the run is what the user must read
-            if not _has_steps(out):
+            if new and not _has_steps(out):
                 _take_away(out)
         raise
 

@@ -16,7 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import checkpoint_layers
-from distill_trainer.output import BASE, writing
+from distill_trainer.output import BASE, CHECKPOINTS, writing
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, build_model, load_model, save_model_dir
 
@@ -41,7 +41,8 @@ def load_student(config: TrainConfig) -> LoadedModel:
 def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     """Leave trainable what `fine_tune_type` trains; new parameters are drawn from the run's seed.
 
-    An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model.
+    An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model; a run that has
+    checkpoints has written it.
 
     Raises:
         ConfigError: LoRA parameters that cannot be used; the output cannot be written.
@@ -51,7 +52,7 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     if config.fine_tune_type == "full":
         model.unfreeze()
     else:
-        if needs_base(student, config) and not (Path(config.out) / BASE).exists():
+        if needs_base(student, config) and not (Path(config.out) / CHECKPOINTS).exists():
             with writing(Path(config.out)):
                 save_model_dir(student.model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -72,7 +72,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, sequences, f"student {student.name}")
 
-    with output_folder(Path(config.out)) as out:
+    with output_folder(Path(config.out), new=not config.resume) as out:
         asked = target_source(config, stores, student.tokenizer) if config.distils else nullcontext()
         with asked as source:
             if source is not None:
@@ -81,8 +81,9 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             make_trainable(student, config)
             parameters = trainable(student.model).values()
             result_bytes = sum(parameter.nbytes for parameter in parameters)
-            # three checkpoints for a moment, each with an optimizer's two moments
-            require_room(out, result_bytes * (10 if config.save_every else 1))
+            # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
+            checkpoints_bytes = (3 if config.resume else 9) * result_bytes if config.save_every else 0
+            require_room(out, result_bytes + checkpoints_bytes)
             optimizer = make_optimizer(
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
@@ -92,7 +93,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 checkpoints.restore(run)
                 say(f"going on after step {run.steps:,}")
             with writing(out):
-                (out / CONFIG).write_text(json.dumps(config.to_json(), indent=1) + "\n")
+                (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
             cut_metrics(out, run.steps)
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
             if reason := distill_kernels.split_head(student.model).reason:
@@ -103,10 +104,13 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 if not run.steps:
                     raise
                 run.interrupted, failure = True, error
-        run.load_with = save_student(student, config)
-        summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
-        with writing(out):
-            (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        with uninterrupted(last=True):
+            run.load_with = save_student(student, config)
+            summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
+            with writing(out):
+                (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+            if run.steps and (run.interrupted or config.save_every):
+                checkpoints.save(run)
     if isinstance(failure, StoreError):
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
     return run
@@ -131,7 +135,7 @@ def run_steps(
     step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
     bar = tqdm(total=config.iters, initial=report.steps, desc="train", unit="step", disable=config.quiet)
 
-    with closing(answers), bar, checkpoints.at_the_end(report):
+    with closing(answers), bar:
         while report.steps < config.iters:
             started = time.perf_counter()
             answered = [next(answers) for _ in range(config.grad_accumulation_steps)]
