@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.train import TrainReport, train
+from distill_trainer.report import TrainReport
+from distill_trainer.train import train
 from logitstore.build import BuildConfig, build
 from logitstore.documents import read_documents
 from logitstore.sequences import TokenSequence, tokenize

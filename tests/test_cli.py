@@ -65,7 +65,7 @@ def test_help_imports_nothing_heavy(name: str) -> None:
 
 def test_the_flags_and_their_defaults_are_the_fields_of_the_configs() -> None:
     for command, config, others in (
-        (distill_train.main, TrainConfig, {"lora_parameters"}),
+        (distill_train.main, TrainConfig, {"lora_parameters", "optimizer_config", "lr_schedule"}),
         (logitstore.main.commands["build"], BuildConfig, set()),
     ):
         known = {field.name: field for field in fields(config)}
@@ -89,7 +89,7 @@ def test_a_config_file_gives_values_and_a_flag_wins(world: World, tmp_path: Path
 
 
 def test_usage_errors_keep_clicks_own_form() -> None:
-    for args, expected in ((["--alpha", "x"], "'x' is not a valid float"), ([], "Missing option '--student'")):
+    for args, expected in ((["--learning-rate", "x"], "'x' is not a valid float"), ([], "Missing option '--student'")):
         result = CliRunner().invoke(distill_train.main, args)
         assert result.exit_code == 2
         assert result.stderr.startswith("Usage: ")
@@ -193,7 +193,7 @@ def test_ctrl_c_in_training_saves_the_student_and_what_the_teacher_answered(worl
     code, out, err = interrupt_when(run, begun)
     assert code == 130
     assert err.startswith("Stopped after ")
-    assert err.endswith("To train in full, type the same command with a new --out.\n")
+    assert err.endswith("To go on, type the same command with --resume.\n")
     assert "load it with" in out
     assert (tmp_path / "o" / "adapters.safetensors").exists()
     assert not verify(tmp_path / "s", quiet=True).problems

@@ -83,6 +83,11 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str
         ({"num_layers": 0}, "--num-layers"),
         ({"keep_layers": 0}, "--keep-layers"),
         ({"seed": -1}, "--seed"),
+        ({"alpha": "0.9->"}, "--alpha"),
+        ({"grad_accumulation_steps": 0}, "--grad-accumulation-steps"),
+        ({"max_grad_norm": math.nan}, "--max-grad-norm"),
+        ({"save_every": 0}, "--save-every"),
+        ({"optimizer": "lion"}, "--optimizer"),
         ({"select": "threshold:0"}, "threshold:16"),
         ({"on_miss": "online"}, "--teacher"),
         ({"teacher_adapter_path": "a"}, "--teacher"),
@@ -98,7 +103,7 @@ def test_a_value_out_of_range_names_the_flag_that_mends_it(values: dict[str, Any
 
 
 def test_the_resolved_config_can_be_given_back_as_a_config() -> None:
-    config = config_of(NEEDED | {"teacher": "t"})
+    config = config_of(NEEDED | {"teacher": "t", "alpha": "0.9->0.1", "optimizer_config": {"adam": {"eps": "1e-6"}}})
     assert config.to_json()["on_miss"] == "online"
     again = config_of({key: value for key, value in config.to_json().items() if value is not None})
     assert again.to_json() == config.to_json()

@@ -12,9 +12,12 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text
 
+from distill_trainer.checkpoint import Checkpoints
 from distill_trainer.config import TrainConfig
+from distill_trainer.optimizer import make_optimizer
+from distill_trainer.report import TrainReport
 from distill_trainer.student import keep_layers, load_student, make_trainable, save_student, trainable
-from distill_trainer.train import TrainReport, run_steps
+from distill_trainer.train import run_steps
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, load_model
 from tests.runs import World, make_world
@@ -33,7 +36,9 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     student = load_student(config)
     Path(config.out).mkdir()
     make_trainable(student, config)
-    run_steps(config, student.model, world.sequences(), None, Path(config.out), TrainReport())
+    optimizer = make_optimizer("adam", {}, config.learning_rate, None)
+    checkpoints = Checkpoints(config, student, optimizer, {})
+    run_steps(config, student.model, optimizer, world.sequences(), None, checkpoints, TrainReport())
     line = save_student(student, config)
     student.model.eval()
     return student, line

@@ -251,5 +251,7 @@ def test_a_run_that_fails_before_its_first_step_takes_its_own_files_away_and_no_
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, world: World) -> None:
-    with pytest.raises(ModelError, match=r"the loss of step \d+ is nan, .* type --learning-rate below 1e\+30"):
+    with pytest.raises(
+        ModelError, match=r"the loss of step \d+ is nan on data.jsonl:\d.*; type --learning-rate below 1e\+30"
+    ):
         world.train(tmp_path / "o", store=(str(world.store),), fine_tune_type="full", learning_rate=1e30)

@@ -36,27 +36,45 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option(
     "--alpha",
     "--kd-ratio",
+    type=str,
     default=0.9,
     show_default=True,
-    help="Weight of distillation; cross-entropy weighs 1 - alpha.",
+    help="Weight of distillation; cross-entropy weighs 1 - alpha. 0.9->0.3:linear or 0.9->0.3:cosine changes it over "
+    "the run, 0.9->0.3:wsd over its last fifth, wsd:0.5 over its last half.",
 )
 @click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
 @click.option("--temperature", type=float, help="Softmax temperature.  [default: the store's, else 1]")
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)
 @click.option("--num-layers", default=16, show_default=True, help="How many of the last layers LoRA adapts; -1: all.")
-@click.option("--iters", default=1000, show_default=True, help="Steps.")
-@click.option("--batch-size", default=4, show_default=True, help="Documents in a step.")
+@click.option("--iters", default=1000, show_default=True, help="Steps of the optimizer.")
+@click.option("--batch-size", default=4, show_default=True, help="Documents in a batch.")
+@click.option("--grad-accumulation-steps", default=1, show_default=True, help="Batches in a step.")
 @click.option("--max-seq-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
 @click.option("--learning-rate", default=1e-5, show_default=True)
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adam", "adamw", "muon", "sgd", "adafactor"]),
+    default="adam",
+    show_default=True,
+    help="Its own settings, and learning rate schedules, are keys of --config.",
+)
+@click.option("--max-grad-norm", type=float, help="Scale larger gradients down to this norm.")
+@click.option("--grad-checkpoint", is_flag=True, help="Less memory, more time: compute the student's layers twice.")
 @click.option("--keep-layers", type=int, help="Cut the student to N evenly spaced layers first.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of documents and of new parameters.")
+@click.option(
+    "--save-every",
+    type=int,
+    help="A checkpoint after every N steps and at the end.  [default: only where the run is stopped]",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --out: type its command again, and this.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML with these names as keys.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.pass_context
 def main(context: click.Context, /, config_file: Path | None, **options: Any) -> None:
     """Train a student on a teacher's next-token distributions, from a store, a live teacher, or both."""
     with one_line_errors(
-        "No student was saved; type the same command again, with a new --out where this one was kept."
+        "No student was saved; type the same command again, with --resume or a new --out where this one was kept."
     ):
         from distill_trainer.config import config_of, read_config
 
@@ -81,7 +99,7 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
     if report.interrupted:
         click.echo(
             f"Stopped after {report.steps:,} of {config.iters:,} steps; what was learned so far is saved. "
-            "To train in full, type the same command with a new --out.",
+            "To go on, type the same command with --resume.",
             err=True,
         )
         sys.exit(INTERRUPTED)

@@ -80,7 +80,7 @@ def collate(
         positions = np.flatnonzero(sequence.trained)
         tokens[b, : len(sequence.trained)] = sequence.token_ids[:-1]
         answered = positions < (0 if target is None else len(target))
-        if weighing.on_miss == "skip" and weighing.alpha > 0:
+        if weighing.on_miss == "skip":
             positions, answered = positions[answered], answered[answered]
         if not len(positions):
             continue

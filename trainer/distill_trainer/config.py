@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 
 from distill_trainer.losses import Term
+from distill_trainer.optimizer import OptimizerName, make_optimizer
+from distill_trainer.schedule import Schedule
 from logitstore.errors import ConfigError
 from logitstore.selection import Selection
 
@@ -36,8 +38,9 @@ class TrainConfig:
     write_back: bool = False
     loss: tuple[str, ...] = ("kl",)
     """Distillation losses, NAME[:NUMBER][=WEIGHT] each; their weighted sum is trained."""
-    alpha: float = 0.9
-    """Weight of the distillation term; cross-entropy weighs 1 - alpha."""
+    alpha: float | str = 0.9
+    """Weight of the distillation term; cross-entropy weighs 1 - alpha. A number, or a schedule such as
+    0.9->0.3:cosine: see `distill_trainer.schedule`."""
     select: str | None = None
     """What the live teacher keeps. None: as the store does, threshold:16 without a store."""
     temperature: float | None = None
@@ -50,9 +53,24 @@ class TrainConfig:
     batch_size: int = 4
     max_seq_length: int = 2048
     learning_rate: float = 1e-5
+    lr_schedule: Mapping[str, Any] | None = None
+    """Takes the place of `learning_rate`: see `distill_trainer.optimizer`."""
+    optimizer: OptimizerName = "adam"
+    optimizer_config: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments by the optimizer's name, as mlx-lm has them."""
+    grad_accumulation_steps: int = 1
+    """Batches in a step; every trained position of theirs weighs the same."""
+    max_grad_norm: float | None = None
+    """The gradient of a step is scaled down to this norm where it is larger."""
+    grad_checkpoint: bool = False
+    """Compute the student's layers a second time for the gradient rather than keep what they computed."""
     keep_layers: int | None = None
     """Cut the student to this many of its layers first, evenly spaced, first and last kept."""
     seed: int = 0
+    save_every: int | None = None
+    """A checkpoint after every so many steps, and at the end. None: only where the run is stopped."""
+    resume: bool = False
+    """Go on with the run in `out` where its last checkpoint was made."""
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -64,7 +82,14 @@ class TrainConfig:
         _require(bool(self.loss), "loss names none; type --loss kl")
         for text in self.loss:
             Term.parse(text)
-        _require(0 <= self.alpha <= 1, f"alpha is {self.alpha:g}, expected 0 to 1; type --alpha 0.9")
+        try:
+            ends = self.alpha_schedule.start, self.alpha_schedule.end
+        except ValueError:
+            raise ConfigError(
+                f"alpha is {self.alpha!r}, expected a number from 0 to 1, or two as in 0.9->0.3:cosine (or linear, "
+                "wsd, wsd:0.2); type --alpha 0.9"
+            ) from None
+        _require(all(0 <= end <= 1 for end in ends), f"alpha is {self.alpha}, expected 0 to 1; type --alpha 0.9")
         _require(
             self.temperature is None or 0 < self.temperature < math.inf,
             f"temperature is {self.temperature}, expected a number above 0; type --temperature 1",
@@ -79,6 +104,20 @@ class TrainConfig:
         _require(
             0 < self.learning_rate < math.inf,
             f"learning_rate is {self.learning_rate:g}, expected a number above 0; type --learning-rate 1e-5",
+        )
+        make_optimizer(self.optimizer, self.optimizer_config, self.learning_rate, self.lr_schedule)
+        _require(
+            self.grad_accumulation_steps >= 1,
+            f"grad_accumulation_steps is {self.grad_accumulation_steps}, expected at least 1; "
+            "type --grad-accumulation-steps 1",
+        )
+        _require(
+            self.max_grad_norm is None or 0 < self.max_grad_norm < math.inf,
+            f"max_grad_norm is {self.max_grad_norm}, expected a number above 0; type --max-grad-norm 1",
+        )
+        _require(
+            self.save_every is None or self.save_every >= 1,
+            f"save_every is {self.save_every}, expected at least 1; type --save-every 100",
         )
         _require(
             self.num_layers == -1 or self.num_layers >= 1,
@@ -118,7 +157,7 @@ class TrainConfig:
             "--teacher-adapter-path is given, and no teacher; type --teacher T with it",
         )
         _require(
-            self.alpha == 0 or bool(self.store) or self.teacher is not None,
+            not self.distils or bool(self.store) or self.teacher is not None,
             "nothing to distil from; type --store STORE, --teacher T, or --alpha 0 for cross-entropy alone",
         )
         _require(
@@ -126,15 +165,31 @@ class TrainConfig:
             f"--teacher is never asked with --on-miss {self.on_miss}; leave it out, or type --on-miss online",
         )
         _require(
-            self.alpha == 0 or bool(self.store) or self.miss_policy == "online",
+            not self.distils or bool(self.store) or self.miss_policy == "online",
             f"without --store every position is a miss, and --on-miss {self.on_miss} never asks the teacher; "
             "type --on-miss online, or --alpha 0 for cross-entropy alone",
         )
         _require(
-            not self.write_back or (bool(self.store) and self.miss_policy == "online" and self.alpha > 0),
+            not self.write_back or (bool(self.store) and self.miss_policy == "online" and self.distils),
             "--write-back keeps a teacher's answers in a store; "
             "type --store STORE, --teacher T, --on-miss online and an --alpha above 0 with it",
         )
+
+    @property
+    def alpha_schedule(self) -> Schedule:
+        """`alpha`, read."""
+        return Schedule.parse(self.alpha)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the distillation term ever weighs anything."""
+        return max(self.alpha_schedule.start, self.alpha_schedule.end) > 0
+
+    @property
+    def slower(self) -> str:
+        """What to type against losses that are no numbers."""
+        rate = f"type --learning-rate below {self.learning_rate:g}"
+        return f"{rate if self.lr_schedule is None else 'write lower rates in lr_schedule'}, or type --max-grad-norm 1"
 
     @property
     def miss_policy(self) -> OnMiss:
@@ -202,6 +257,13 @@ def _whole(value: Any) -> int:
     return int(number)
 
 
+def _number_or_text(value: Any) -> float | str:
+    try:
+        return _number(value)
+    except ValueError:
+        return _texts(value)[0]
+
+
 def _of(kind: type) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if not isinstance(value, kind):
@@ -220,6 +282,8 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str | None: ("text", _of(str)),
     OnMiss | None: ("text", _of(str)),
     FineTuneType: ("text", _of(str)),
+    OptimizerName: ("text", _of(str)),
+    float | str: ("a number, or a schedule as in 0.9->0.3:cosine", _number_or_text),
     tuple[str, ...]: ("text, or a list of texts", _texts),
     bool: ("true or false", _of(bool)),
     int: ("a whole number", _whole),
@@ -227,6 +291,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     float: ("a number", _number),
     float | None: ("a number", _number),
     Mapping[str, Any]: ("keys and values such as {rank: 8}", _of(dict)),
+    Mapping[str, Any] | None: ("keys and values such as {name: cosine_decay, arguments: [1e-4, 1000]}", _of(dict)),
 }
 """For each type of a field: what to expect, and how a value is read as one."""
 

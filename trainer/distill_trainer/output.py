@@ -13,6 +13,7 @@ from logitstore.errors import ConfigError
 CONFIG = "distill_train.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
 BASE = "base"
 """Folder of an adapter's base, where it is written."""
 
@@ -31,9 +32,23 @@ def require_new(out: Path) -> None:
         raise cannot_write(out, error) from error
 
 
+def require_run(out: Path) -> None:
+    """Check that a run was begun here, and can be gone on with.
+
+    Raises:
+        ConfigError: saying what to type.
+    """
+    if not (out / CONFIG).is_file():
+        raise ConfigError(f"{out} holds no run to go on with; type --out with a run's folder, or leave --resume out")
+    if (out / SUMMARY).exists() and not (out / CHECKPOINTS).exists():
+        raise ConfigError(
+            f"the run in {out} has ended and left no checkpoint; type a new --out without --resume, and --save-every N"
+        )
+
+
 @contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
-    """Make the folder of a run's output, which is new; take it away again where the run ends before its first step.
+def output_folder(out: Path, *, new: bool = True) -> Iterator[Path]:
+    """Make the folder of a run's output; take a new one away again where the run ends before its first step.
 
     Raises:
         ConfigError: it cannot be made: no permission, full disk.
@@ -44,7 +59,7 @@ def output_folder(out: Path) -> Iterator[Path]:
         yield out
     except BaseException:
         with suppress(OSError):  # what ended the run is what the user must read
-            if not _has_steps(out):
+            if new and not _has_steps(out):
                 _take_away(out)
         raise
 

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.output import BASE, writing
+from distill_trainer.gradients import checkpoint_layers
+from distill_trainer.output import BASE, CHECKPOINTS, writing
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, build_model, load_model, save_model_dir
 
@@ -40,7 +41,8 @@ def load_student(config: TrainConfig) -> LoadedModel:
 def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     """Leave trainable what `fine_tune_type` trains; new parameters are drawn from the run's seed.
 
-    An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model.
+    An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model; a run that has
+    checkpoints has written it.
 
     Raises:
         ConfigError: LoRA parameters that cannot be used; the output cannot be written.
@@ -50,7 +52,7 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     if config.fine_tune_type == "full":
         model.unfreeze()
     else:
-        if needs_base(student, config):
+        if needs_base(student, config) and not (Path(config.out) / CHECKPOINTS).exists():
             with writing(Path(config.out)):
                 save_model_dir(student.model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()
@@ -61,6 +63,8 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
             raise ConfigError(
                 f"lora_parameters {lora} cannot be used: {error}; expected rank, scale and dropout"
             ) from error
+    if config.grad_checkpoint:
+        checkpoint_layers(model)
     model.train()
 
 
@@ -132,26 +136,42 @@ def save_student(student: LoadedModel, config: TrainConfig) -> str:
         ModelError: the output holds the weights of another model.
     """
     out = Path(config.out)
+    with writing(out):
+        save_weights(student, config, out)
+    return (
+        f'mlx_lm.load("{out}")'
+        if config.fine_tune_type == "full"
+        else (f'mlx_lm.load("{_base(student, config)}", adapter_path="{out}")')
+    )
+
+
+def save_weights(student: LoadedModel, config: TrainConfig, folder: Path, *, exact: bool = False) -> None:
+    """Write what was trained into a folder that is there.
+
+    Args:
+        exact: keep a full student in the dtype that it was trained in.
+    """
     if config.fine_tune_type == "full":
-        with writing(out):
-            save_model_dir(student.model, student.tokenizer, student.config, out, dtype=student.stored_dtype)
-        return f'mlx_lm.load("{out}")'
-    base = str(out / BASE) if needs_base(student, config) else config.student
+        dtype = None if exact else student.stored_dtype
+        save_model_dir(student.model, student.tokenizer, student.config, folder, dtype=dtype)
+        return
     settings = {
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
         "lora_parameters": dict(config.lora_parameters),
-        "model": base,
+        "model": _base(student, config),
     }
-    partial = out / ".partial.safetensors"
-    with writing(out):
-        try:
-            mx.save_safetensors(str(partial), trainable(student.model))
-            partial.rename(out / "adapters.safetensors")
-        finally:
-            partial.unlink(missing_ok=True)
-        (out / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
-    return f'mlx_lm.load("{base}", adapter_path="{out}")'
+    partial = folder / ".partial.safetensors"
+    try:
+        mx.save_safetensors(str(partial), trainable(student.model))
+        partial.rename(folder / "adapters.safetensors")
+    finally:
+        partial.unlink(missing_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _base(student: LoadedModel, config: TrainConfig) -> str:
+    return str(Path(config.out) / BASE) if needs_base(student, config) else config.student
 
 
 def needs_base(student: LoadedModel, config: TrainConfig) -> bool:

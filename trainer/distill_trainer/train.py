@@ -5,9 +5,10 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import distill_kernels
 from distill_kernels import SparseKL, on_tier
@@ -18,18 +19,23 @@ import mlx.optimizers as optim
 from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
+from distill_trainer.checkpoint import Checkpoints, cut_metrics, sources_of
 from distill_trainer.config import TrainConfig
+from distill_trainer.gradients import mean_gradient
+from distill_trainer.interrupts import uninterrupted
 from distill_trainer.losses import Loss, loss_of
+from distill_trainer.optimizer import make_optimizer
 from distill_trainer.output import (
     CONFIG,
-    METRICS,
     SUMMARY,
     append_metrics,
     output_folder,
     require_new,
     require_room,
+    require_run,
     writing,
 )
+from distill_trainer.report import TrainReport
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
@@ -43,31 +49,12 @@ AHEAD = 2
 """Batches whose targets are read while a step is computed."""
 
 
-@dataclass
-class TrainReport:
-    """What a run did."""
-
-    load_with: str = ""
-    """The line of Python that loads the result."""
-    steps: int = 0
-    trained_tokens: int = 0
-    elapsed_s: float = 0.0
-    """Time in steps, targets included; loading and saving apart."""
-    count: Count = field(default_factory=Count)
-    final: dict[str, Any] = field(default_factory=dict)
-    """The last step's metrics."""
-    interrupted: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.trained_tokens / self.elapsed_s if self.elapsed_s else 0.0
-
-
 def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
     """Train a student and save it to `config.out`.
 
-    After the first step, Ctrl-C or a store that fails ends the run early and what was learned is saved; before it,
-    nothing is left behind.
+    After the first step, Ctrl-C or a store that fails ends the run early, and what was learned and a checkpoint are
+    saved; before it, nothing is left behind. With `config.resume` a run goes on from its last checkpoint as if it had
+    never stopped.
 
     Args:
         say: takes one line of text at a time for the user.
@@ -75,7 +62,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     Raises:
         LogitstoreError: see `logitstore.errors`.
     """
-    require_new(Path(config.out))
+    (require_run if config.resume else require_new)(Path(config.out))
     stores = open_stores(config)
     rows = read_documents(config.dataset, split=config.split)
     student = load_student(config)
@@ -85,32 +72,45 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, sequences, f"student {student.name}")
 
-    with output_folder(Path(config.out)) as out:
-        asked = target_source(config, stores, student.tokenizer) if config.alpha > 0 else nullcontext()
+    with output_folder(Path(config.out), new=not config.resume) as out:
+        asked = target_source(config, stores, student.tokenizer) if config.distils else nullcontext()
         with asked as source:
             if source is not None:
                 require_ids_below(source.recipe.vocab_size, sequences, "the teacher")
                 say_coverage(source, sequences, config, say)
             make_trainable(student, config)
             parameters = trainable(student.model).values()
-            require_room(out, sum(parameter.nbytes for parameter in parameters))
+            result_bytes = sum(parameter.nbytes for parameter in parameters)
+            # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
+            checkpoints_bytes = (3 if config.resume else 9) * result_bytes if config.save_every else 0
+            require_room(out, result_bytes + checkpoints_bytes)
+            optimizer = make_optimizer(
+                config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
+            )
+            run, failure = TrainReport(), None
+            checkpoints = Checkpoints(config, student, optimizer, sources_of(config, stores, sequences))
+            if config.resume:
+                checkpoints.restore(run)
+                say(f"going on after step {run.steps:,}")
             with writing(out):
-                (out / CONFIG).write_text(json.dumps(config.to_json(), indent=1) + "\n")
-                (out / METRICS).touch()
+                (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
+            cut_metrics(out, run.steps)
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
             if reason := distill_kernels.split_head(student.model).reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {reason}")
-            run, failure = TrainReport(), None
             try:
-                run_steps(config, student.model, sequences, source, out, run)
+                run_steps(config, student.model, optimizer, sequences, source, checkpoints, run)
             except (KeyboardInterrupt, StoreError) as error:
                 if not run.steps:
                     raise
                 run.interrupted, failure = True, error
-        run.load_with = save_student(student, config)
-        summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
-        with writing(out):
-            (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        with uninterrupted(last=True):
+            run.load_with = save_student(student, config)
+            summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
+            with writing(out):
+                (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+            if run.steps and (run.interrupted or config.save_every):
+                checkpoints.save(run)
     if isinstance(failure, StoreError):
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
     return run
@@ -119,67 +119,82 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
 def run_steps(
     config: TrainConfig,
     model: nn.Module,
+    optimizer: optim.Optimizer,
     sequences: list[TokenSequence],
     source: TargetSource | None,
-    out: Path,
+    checkpoints: Checkpoints,
     report: TrainReport,
 ) -> None:
-    """The loop: batch, targets, loss, step, metrics. `report` is kept up to date along the way."""
+    """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
     head = distill_kernels.split_head(model)
     losses = SparseKL() if source is None else loss_of(config.loss, source.recipe, source.temperature, "the teacher")
-    optimizer = optim.Adam(learning_rate=config.learning_rate, bias_correction=True)
-    weighing = Weighing(config.alpha, config.miss_policy)
-    answers = answered_batches(config, sequences, source)
-    if source is None or source.on_miss != "online":  # else two threads would share the GPU
+    on_miss = "hard-only" if source is None else source.on_miss
+    answers = answered_batches(config, sequences, source, report.steps * config.grad_accumulation_steps)
+    if on_miss != "online":  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
     step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
+    bar = tqdm(total=config.iters, initial=report.steps, desc="train", unit="step", disable=config.quiet)
 
-    with closing(answers), tqdm(total=config.iters, desc="train", unit="step", disable=config.quiet) as bar:
+    with closing(answers), bar:
         while report.steps < config.iters:
             started = time.perf_counter()
-            chosen, targets, count = next(answers)
-            report.count += count
-            taught = count.hits + (count.misses if weighing.on_miss == "online" else 0)
-            batch = collate(chosen, targets, weighing)
-            n, loss, kd_loss, ce_loss = 0, None, None, None
-            if batch is not None:
-                n = len(batch.rows)
-                means, gradients = step(batch)
-                optimizer.update(model, gradients)
-                mx.eval(trainable(model), optimizer.state, means)
-                loss, kd_loss, ce_loss = (float(mean.item()) for mean in means)
-                if not math.isfinite(loss):
-                    raise ModelError(
-                        f"the loss of step {report.steps + 1} is {loss}, expected a number; "
-                        f"type --learning-rate below {config.learning_rate:g}"
-                    )
-            elapsed_s = time.perf_counter() - started
+            answered = [next(answers) for _ in range(config.grad_accumulation_steps)]
+            with uninterrupted():
+                alpha = config.alpha_schedule.at(report.steps + 1, config.iters)
+                collated = [collate(chosen, targets, Weighing(alpha, on_miss)) for chosen, targets, _ in answered]
+                batches = [batch for batch in collated if batch is not None]
+                count = sum((each for _, _, each in answered), start=Count())
+                taught = alpha > 0 and count.hits + (count.misses if on_miss == "online" else 0) > 0
+                n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
+                if batches:
+                    means, gradients = mean_gradient(step, batches)
+                    if config.max_grad_norm is not None:
+                        gradients, norm = optim.clip_grad_norm(gradients, config.max_grad_norm)  # type: ignore[no-untyped-call]
+                    optimizer.update(model, gradients)
+                    mx.eval(trainable(model), optimizer.state, means)
+                    loss, kd_loss, ce_loss = (cast(float, mean.item()) for mean in means)
+                    if not math.isfinite(loss):
+                        documents = ", ".join(sequence.where for chosen, _, _ in answered for sequence in chosen)
+                        raise ModelError(
+                            f"the loss of step {report.steps + 1} is {loss} on {documents}, expected a number; "
+                            + config.slower
+                        )
+                elapsed_s = time.perf_counter() - started
 
-            report.steps += 1
-            report.trained_tokens += n
-            report.elapsed_s += elapsed_s
-            report.final = {
-                "step": report.steps,
-                "loss": loss,
-                "kd_loss": kd_loss if taught else None,
-                "ce_loss": ce_loss,
-                "hits": count.hits,
-                "misses": count.misses,
-                "trained_tokens": n,
-                "learning_rate": config.learning_rate,
-                "tokens_per_second": n / elapsed_s,
-                "peak_memory_gb": mx.get_peak_memory() / 1e9,
-            }
-            append_metrics(out, report.final)
-            bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
-            bar.update()
+                report.steps += 1
+                report.trained_tokens += n
+                report.elapsed_s += elapsed_s
+                report.count += count
+                report.final = {
+                    "step": report.steps,
+                    "loss": loss,
+                    "kd_loss": kd_loss if taught else None,
+                    "ce_loss": ce_loss,
+                    "hits": count.hits,
+                    "misses": count.misses,
+                    "trained_tokens": n,
+                    "alpha": alpha,
+                    "learning_rate": optimizer.learning_rate.item() if config.lr_schedule else config.learning_rate,
+                    "grad_norm": None if norm is None else norm.item(),
+                    "tokens_per_second": n / elapsed_s,
+                    "peak_memory_gb": mx.get_peak_memory() / 1e9,
+                }
+                append_metrics(Path(config.out), report.final)
+                bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
+                bar.update()
+                checkpoints.after(report)
 
 
 def answered_batches(
-    config: TrainConfig, sequences: list[TokenSequence], source: TargetSource | None
+    config: TrainConfig, sequences: list[TokenSequence], source: TargetSource | None, skip: int = 0
 ) -> Generator[tuple[list[TokenSequence], list[SparseTargets | None], Count]]:
-    """Endless batches of documents and their targets; each epoch reads the next of several stored draws."""
-    for epoch, numbers in epochs([len(s.trained) for s in sequences], config.batch_size, config.seed):
+    """Endless batches of documents and their targets; each epoch reads the next of several stored draws.
+
+    Args:
+        skip: batches that have been taken already.
+    """
+    order = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed)
+    for epoch, numbers in islice(order, skip, None):
         chosen = [sequences[i] for i in numbers]
         yield chosen, *(source.answer(chosen, epoch) if source else ([None] * len(chosen), Count()))
 

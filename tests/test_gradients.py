@@ -1,0 +1,135 @@
+from pathlib import Path
+from typing import Any
+
+import distill_kernels
+from distill_kernels import SparseKL
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from distill_trainer.batches import Batch, Weighing, collate
+from distill_trainer.gradients import checkpoint_layers, mean_gradient
+from distill_trainer.student import load_student, make_trainable
+from distill_trainer.train import batch_loss
+from logitstore.errors import ModelError
+from logitstore.model import load_model
+from logitstore.store import open_store
+from tests.runs import World, make_world, write_jsonl
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def batches(world: World, *groups: tuple[int, ...], missing: int = 1) -> list[Batch]:
+    """Batches of documents by their numbers; one document is not in the store."""
+    store, found = open_store(world.store), []
+    for numbers in groups:
+        chosen = [world.sequences()[i] for i in numbers]
+        targets = [None if i == missing else store.get(s.token_ids) for i, s in zip(numbers, chosen, strict=True)]
+        batch = collate(chosen, targets, Weighing(0.9, "hard-only"))
+        assert batch is not None
+        found.append(batch)
+    return found
+
+
+def gradient(model: Any, chosen: list[Batch]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    head = distill_kernels.split_head(model)
+    means, found = mean_gradient(nn.value_and_grad(model, lambda b: batch_loss(head, SparseKL(), b)), chosen)
+    return np.array([mean.item() for mean in means]), {name: np.array(g) for name, g in tree_flatten(found)}
+
+
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float = 1e-6) -> bool:
+    return all(
+        np.allclose(one[name], other[name], rtol=1e-4, atol=atol + 1e-4 * np.abs(one[name]).max()) for name in one
+    )
+
+
+def test_the_gradient_of_accumulated_batches_is_that_of_one_with_the_same_documents(world: World) -> None:
+    model = load_model(world.student).model
+    model.unfreeze()
+    means, whole = gradient(model, batches(world, (0, 1, 2, 3, 4)))
+    for groups in (((0, 1), (2, 3), (4,)), ((1,), (3, 0, 4), (2,))):
+        found, accumulated = gradient(model, batches(world, *groups))
+        assert np.allclose(found, means, rtol=1e-5)
+        assert equal(whole, accumulated)
+
+
+def test_a_run_of_two_batches_a_step_is_the_run_of_one_twice_as_large(tmp_path: Path, world: World) -> None:
+    data = write_jsonl(tmp_path / "four.jsonl", [{"text": t} for t in ("One.", "Two and two.", "Three, 3, iii.", "4")])
+    world.build(tmp_path / "s.zarr", dataset=str(data))
+    options = {"store": (str(tmp_path / "s.zarr"),), "dataset": str(data), "iters": 6, "fine_tune_type": "full"}
+    _, one = world.train(tmp_path / "one", batch_size=4, **options)
+    _, two = world.train(tmp_path / "two", batch_size=2, grad_accumulation_steps=2, **options)
+    for name in ("loss", "kd_loss", "ce_loss", "trained_tokens", "hits"):
+        assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=1e-4), name
+
+
+def test_the_norm_is_logged_before_clipping_and_the_step_is_clipped(tmp_path: Path, world: World) -> None:
+    options = {"store": (str(world.store),), "iters": 1, "fine_tune_type": "full", "batch_size": 6, "optimizer": "sgd"}
+    _, steps = world.train(tmp_path / "o", max_grad_norm=0.01, learning_rate=1.0, **options)
+    model = load_model(world.student).model
+    model.unfreeze()
+    found = gradient(model, batches(world, tuple(range(6)), missing=-1))[1]
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in found.values()))
+    assert steps[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (world.student, tmp_path / "o"))
+    moved = np.sqrt(sum(((np.array(before[n], np.float64) - np.array(after[n])) ** 2).sum() for n in before))
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_layers_that_are_computed_twice_have_the_same_gradient_with_dropout_too(
+    tmp_path: Path, world: World, kind: str
+) -> None:
+    found = []
+    for twice in (False, True):
+        dropout = {"rank": 4, "dropout": 0.5, "scale": 10.0}
+        config = world.config(tmp_path, fine_tune_type=kind, lora_parameters=dropout, grad_checkpoint=twice, alpha=0.0)
+        student = load_student(config)
+        make_trainable(student, config)
+        model = student.model
+        if kind == "lora":  # lora_b is zero at first, and with it the gradient of lora_a
+            model.load_weights(
+                [(n, p + 0.1) for n, p in tree_flatten(model.trainable_parameters()) if n.endswith("lora_b")],
+                strict=False,
+            )
+        found.append(gradient(model, batches(world, (0, 1), (2, 3))))
+        assert (type(model.layers[0]).__mro__[1] is type(load_model(world.student).model.layers[0])) == twice
+    assert np.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert equal(found[0][1], found[1][1])
+
+
+def test_computing_twice_touches_no_other_model_and_does_not_stack(world: World) -> None:
+    student, teacher = load_model(world.student).model, load_model(world.teacher).model
+    kind = type(teacher.layers[0])
+    call = kind.__call__
+    checkpoint_layers(student)
+    twice = type(student.layers[0])
+    checkpoint_layers(student)
+    assert type(student.layers[0]) is twice and twice.__bases__ == (kind,)
+    assert type(teacher.layers[0]) is kind and kind.__call__ is call
+    with pytest.raises(ModelError, match="leave --grad-checkpoint out"):
+        checkpoint_layers(nn.Linear(2, 2))
+
+
+def test_computing_twice_takes_less_memory(tmp_path: Path) -> None:
+    peaks, folder = [], save_tiny_model(tmp_path / "deep", layers=16)
+    for twice in (False, True):
+        model = load_model(folder).model
+        model.train()
+        if twice:
+            checkpoint_layers(model)
+        model.layers[0].unfreeze()  # the first: gradients go through all
+        step = nn.value_and_grad(model, lambda tokens, model=model: model.model(tokens).sum())
+        mx.eval(model.parameters())
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(step(mx.zeros((16, 128), mx.int32)))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.5 * peaks[0]

@@ -1,0 +1,236 @@
+"""Checkpoints of a run, below OUT/checkpoints: the last, and the one since which the mean training loss was lowest.
+
+Each is a folder that mlx-lm loads as an adapter or a model, and beside the weights all that the next step depends on:
+
+    0000120/adapters.safetensors, or a model folder    the student as it was trained, in the dtypes of training
+    0000120/optimizer.safetensors                      the optimizer's state; MLX's random state
+    0000120/training.json                              step, counts, config, and what stores and documents were
+
+The order of documents is drawn from the seed, so the step says where in it a run was. A folder appears whole or not at
+all; older ones go once a newer one is there.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, cast
+
+import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from distill_trainer.config import TrainConfig
+from distill_trainer.gradients import random_key, seed
+from distill_trainer.output import CHECKPOINTS, METRICS, writing
+from distill_trainer.report import TrainReport
+from distill_trainer.student import save_weights, trainable
+from distill_trainer.targets import Count
+from logitstore.contract import Store
+from logitstore.digest import config_digest, weights_digest
+from logitstore.durable import publish, sync
+from logitstore.errors import ConfigError, ModelError, first_line
+from logitstore.model import LoadedModel
+from logitstore.sequences import TokenSequence
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "training.json"
+_KEY = "random_state"
+_FREE = ("out", "quiet", "resume", "save_every", "store", "iters")
+"""Config fields that may differ: stores are held against each other by content, steps may become more."""
+
+
+class Checkpoints:
+    """Saves and restores a run's state.
+
+    Args:
+        sources: from `sources_of`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, student: LoadedModel, optimizer: optim.Optimizer, sources: Mapping[str, str]
+    ) -> None:
+        self._config = config
+        self._student = student
+        self._optimizer = optimizer
+        self._sources = dict(sources)
+        self._folder = Path(config.out) / CHECKPOINTS
+        self._losses: list[float] = []
+        """Since the last checkpoint."""
+
+    def restore(self, report: TrainReport) -> None:
+        """Go back to the last checkpoint; where a run was killed before its first, to the beginning.
+
+        Raises:
+            ConfigError: another config, or another dataset, store or student than the checkpoint's.
+            ModelError: a checkpoint that cannot be read.
+        """
+        folders = _checkpoints(self._folder)
+        if not folders:
+            return
+        last = folders[-1]
+        state, weights, kept = _read(last)
+        self._require_same(last, state)
+        names = trainable(self._student.model).keys()
+        if not names <= weights.keys():
+            raise ModelError(f"{last} lacks weights that this run trains; remove it to go on from an older one")
+        self._student.model.load_weights(list(weights.items()), strict=False)
+        seed(kept.pop(_KEY))
+        self._optimizer.state = tree_unflatten(list(kept.items()))
+        for name in ("steps", "trained_tokens", "elapsed_s", "final"):
+            setattr(report, name, state["report"][name])
+        report.count = Count(**state["report"]["count"])
+
+    def after(self, report: TrainReport) -> None:
+        """Take note of a step, and save where it is a step's turn.
+
+        Raises:
+            ConfigError: full disk, no permission.
+            ModelError: weights that are no numbers.
+        """
+        if report.final["loss"] is not None:
+            self._losses.append(report.final["loss"])
+        every = self._config.save_every
+        if every is not None and report.steps % every == 0:
+            self.save(report)
+
+    def save(self, report: TrainReport) -> None:
+        """Write a checkpoint, unless it is there.
+
+        Raises:
+            ConfigError: full disk, no permission.
+            ModelError: weights that are no numbers; the checkpoint before stays.
+        """
+        final = self._folder / f"{report.steps:07d}"
+        if final.exists():
+            return
+        if not all(mx.isfinite(values).all().item() for values in trainable(self._student.model).values()):
+            raise ModelError(f"after step {report.steps} some weights are no finite numbers; {self._config.slower}")
+        if self._config.fine_tune_type != "full" and "student" not in self._sources:
+            self._sources["student"] = _student_digest(self._student)
+        state = {
+            "report": asdict(report),
+            "mean_loss": sum(self._losses) / len(self._losses) if self._losses else None,
+            "config": self._config.to_json(),
+            "sources": self._sources,
+        }
+        kept = cast(dict[str, mx.array], tree_flatten(self._optimizer.state, destination={_KEY: random_key()}))
+        partial = self._folder / f".{final.name}"
+        with writing(Path(self._config.out)):
+            self._folder.mkdir(exist_ok=True)
+            _clear(self._folder)
+            try:
+                partial.mkdir()
+                save_weights(self._student, self._config, partial, exact=True)
+                mx.save_safetensors(str(partial / OPTIMIZER), kept)
+                (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
+                sync(Path(self._config.out) / METRICS)
+                publish(partial, final)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            self._losses.clear()
+            folders = _checkpoints(self._folder)
+            best = min(folders, key=_mean_loss)
+            for folder in folders[:-1]:
+                if folder != best:
+                    folder.rename(self._folder / f".{folder.name}")
+            _clear(self._folder)
+
+    def _require_same(self, folder: Path, state: Mapping[str, Any]) -> None:
+        now, was = json.loads(json.dumps(self._config.to_json())), state["config"]
+        free = _FREE[:-1] if not self._config.alpha_schedule.constant else _FREE
+        pairs = [(name, was.get(name), now.get(name)) for name in {**was, **now} if name not in free]
+        if self._config.fine_tune_type != "full":
+            self._sources["student"] = _student_digest(self._student)
+        digests = {**state["sources"], **self._sources}
+        pairs += [
+            (f"the content of the {name}", state["sources"].get(name), self._sources.get(name)) for name in digests
+        ]
+        for name, before, after in pairs:
+            if before != after:
+                raise ConfigError(
+                    f"{folder} was made with {name} {_said(before)}, this run has {_said(after)}; type the command as "
+                    "it was, or without --resume and with a new --out"
+                )
+        if self._config.iters < state["report"]["steps"]:
+            raise ConfigError(
+                f"{folder} is already after step {state['report']['steps']}, iters is {self._config.iters}; "
+                "type --iters with more"
+            )
+
+
+def sources_of(config: TrainConfig, stores: Sequence[Store], sequences: Sequence[TokenSequence]) -> dict[str, str]:
+    """Digests of what a run reads: its documents, and its stores but for the one that it writes to."""
+    documents = blake2b(digest_size=16)
+    for sequence in sequences:
+        documents.update(len(sequence.token_ids).to_bytes(8, "little"))
+        documents.update(sequence.token_ids.tobytes() + sequence.trained.tobytes())
+    read = [store for store in stores if not (config.write_back and str(store.path) == config.store[0])]
+    return {"dataset": documents.hexdigest()} | {f"store {i}": s.digest() for i, s in enumerate(read, 1)}
+
+
+def cut_metrics(out: Path, steps: int) -> None:
+    """Leave the metrics of this many steps.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    with writing(out):
+        path, partial = out / METRICS, out / f".{METRICS}"
+        lines = path.read_bytes().splitlines(keepends=True)[:steps] if path.exists() else []
+        partial.write_bytes(b"".join(lines))
+        sync(partial)
+        partial.rename(path)
+        sync(out)
+
+
+def _student_digest(student: LoadedModel) -> str:
+    return f"{weights_digest(student.path, quiet=True)} {config_digest(student.path)}"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """In the order of their steps."""
+    return sorted((f for f in folder.glob("[0-9]*") if f.is_dir()), key=lambda f: int(f.name))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a killed process left, and what has been given up."""
+    for path in folder.glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, mx.array]]:
+    """State, the student's weights, and the optimizer's arrays with the random state."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        weights: dict[str, mx.array] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            if file.name != OPTIMIZER:
+                weights |= cast(dict[str, mx.array], mx.load(str(file)))
+        kept = cast(dict[str, mx.array], mx.load(str(folder / OPTIMIZER)))
+        mx.eval(weights, kept)
+        if not {"report", "config", "sources"} <= state.keys() or _KEY not in kept:
+            raise ValueError("it lacks a part")
+    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise ModelError(
+            f"{folder} cannot be read as a checkpoint: {first_line(error)}; remove it to go on from an older one"
+        ) from error
+    return state, weights, kept
+
+
+def _mean_loss(folder: Path) -> float:
+    try:
+        mean = json.loads((folder / STATE).read_text())["mean_loss"]
+    except (OSError, ValueError, KeyError):
+        return math.inf
+    return math.inf if mean is None else float(mean)
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)

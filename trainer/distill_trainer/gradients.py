@@ -1,0 +1,92 @@
+"""Gradients of a step: of several batches as of one, and layers that are computed twice rather than remembered."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_map
+
+from distill_trainer.batches import Batch
+from logitstore.errors import ModelError
+
+Means = tuple[mx.array, mx.array, mx.array]
+"""Total loss and cross-entropy, means over trained positions, around the KL, a mean over those with targets."""
+
+
+def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[Batch]) -> tuple[Means, Any]:
+    """Losses and gradient of some batches as of one that holds all of their documents.
+
+    sum_i (n_i / n) g_i, with n_i trained positions in batch i. One batch's graph exists at a time.
+    """
+    if len(batches) == 1:
+        return step(batches[0])
+    rows = [len(batch.rows) for batch in batches]
+    answered = [cast(int, (batch.kd_weight > 0).sum().item()) for batch in batches]
+    sums, gradients = [mx.array(0.0)] * 3, None
+    for batch, n, with_targets in zip(batches, rows, answered, strict=True):
+        share = n / sum(rows)
+        means, gradient = step(batch)
+        shares = share, with_targets / max(sum(answered), 1), share
+        sums = [total + part * mean for total, part, mean in zip(sums, shares, means, strict=True)]
+        scaled = tree_map(lambda g, share=share: share * g, gradient)
+        gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
+        mx.eval(gradients, sums)
+    return cast(Means, tuple(sums)), gradients
+
+
+def checkpoint_layers(model: Module) -> None:
+    """Let each of a model's layers keep its input alone and be computed again for its gradient.
+
+    The layers become instances of a subclass of their own class, so another model of that class is as it was; a
+    second call changes nothing. What dropout drew the first time it draws again.
+
+    Raises:
+        ModelError: the model has no list of layers.
+
+    Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, list) or not layers:
+        raise ModelError("this student has no plain list of layers; leave --grad-checkpoint out")
+    for layer in layers:
+        if not getattr(layer, "computed_twice", False):
+            layer.__class__ = _computed_twice(type(layer))
+
+
+def _computed_twice(kind: type[Module]) -> type[Module]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return kind.__call__(self, *args, **kwargs)
+        key, again = random_key(), False
+
+        def forward(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal again
+            own, later = self.trainable_parameters(), random_key()
+            if again:
+                seed(key)
+            try:
+                self.update(parameters)
+                return kind.__call__(self, *args, **kwargs)
+            finally:
+                self.update(own)
+                if again:
+                    seed(later)
+                again = True
+
+        return mx.checkpoint(forward)(self.trainable_parameters(), *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, "computed_twice": True})
+
+
+def random_key() -> mx.array:
+    """What MLX's random state is at, uint32 [2]."""
+    return cast(list[mx.array], mx.random.state)[0]
+
+
+def seed(key: mx.array) -> None:
+    """Set MLX's random state to a key, uint32 [2]: a seed's upper and lower half."""
+    high, low = cast(list[int], key.tolist())
+    mx.random.seed(high << 32 | low)
