@@ -207,7 +207,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --alpha '0.9->2'", r"alpha is 0.9->2, expected 0 to 1; type --alpha 0.9"),
         (
             TRAIN + " --alpha '0.9->0:step'",
-            r"alpha is '0.9->0:step', expected a number .* 0.9->0.3:cosine .*; type --al",
+            r"alpha is '0.9->0:step', expected a number .*, in quotes .*; type --alpha 0.9",
         ),
         (TRAIN + " --max-grad-norm 0", r"max_grad_norm is 0.0, expected a number above 0; type --max-grad-norm 1"),
         (TRAIN + " --grad-accumulation-steps 0", r"is 0, expected at least 1; type --grad-accumulation-steps 1"),

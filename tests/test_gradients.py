@@ -133,3 +133,17 @@ def test_computing_twice_takes_less_memory(tmp_path: Path) -> None:
         mx.eval(step(mx.zeros((16, 128), mx.int32)))
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_in_its_step(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(step: Any, batches: Any) -> Any:
+        means, gradients = step(batches[0])
+        gradients["model"]["norm"]["weight"] *= mx.inf
+        return means, gradients
+
+    monkeypatch.setattr("distill_trainer.train.mean_gradient", spoiled)
+    options = {"store": (str(world.store),), "fine_tune_type": "full", "max_grad_norm": 1.0}
+    with pytest.raises(ModelError, match=r"the gradient's norm of step 1 is inf on data.jsonl:\d"):
+        world.train(tmp_path / "o", **options)

@@ -39,8 +39,8 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     type=str,
     default=0.9,
     show_default=True,
-    help="Weight of distillation; cross-entropy weighs 1 - alpha. 0.9->0.3:linear or 0.9->0.3:cosine changes it over "
-    "the run, 0.9->0.3:wsd over its last fifth, wsd:0.5 over its last half.",
+    help="Weight of distillation; cross-entropy weighs 1 - alpha. '0.9->0.3:linear' or '0.9->0.3:cosine', in quotes, "
+    "changes it over the run, '0.9->0.3:wsd' over its last fifth, wsd:0.5 over its last half.",
 )
 @click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
 @click.option("--temperature", type=float, help="Softmax temperature.  [default: the store's, else 1]")

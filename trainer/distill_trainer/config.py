@@ -86,8 +86,8 @@ class TrainConfig:
             ends = self.alpha_schedule.start, self.alpha_schedule.end
         except ValueError:
             raise ConfigError(
-                f"alpha is {self.alpha!r}, expected a number from 0 to 1, or two as in 0.9->0.3:cosine (or linear, "
-                "wsd, wsd:0.2); type --alpha 0.9"
+                f"alpha is {self.alpha!r}, expected a number from 0 to 1, or two as in '0.9->0.3:cosine', "
+                "in quotes (or linear, wsd, wsd:0.2); type --alpha 0.9"
             ) from None
         _require(all(0 <= end <= 1 for end in ends), f"alpha is {self.alpha}, expected 0 to 1; type --alpha 0.9")
         _require(

@@ -1,4 +1,4 @@
-"""Gradients of a step: of several batches as of one, and layers that are computed twice rather than remembered."""
+"""Gradients of a step: of several batches as of one, clipped, and of layers that are computed twice to save memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -6,6 +6,7 @@ from typing import Any, cast
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
 import mlx.core as mx
+import mlx.optimizers as optim
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_map
 
@@ -35,6 +36,14 @@ def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[
         gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
         mx.eval(gradients, sums)
     return cast(Means, tuple(sums)), gradients
+
+
+def clipped(gradients: Any, max_norm: float | None) -> tuple[Any, mx.array | None]:
+    """Gradients scaled down to a global norm where theirs is larger, and the norm that they had; or as they are."""
+    if max_norm is None:
+        return gradients, None
+    found: tuple[Any, mx.array] = optim.clip_grad_norm(gradients, max_norm)  # type: ignore[no-untyped-call]
+    return found
 
 
 def checkpoint_layers(model: Module) -> None:

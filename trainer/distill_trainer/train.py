@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.checkpoint import Checkpoints, cut_metrics, sources_of
 from distill_trainer.config import TrainConfig
-from distill_trainer.gradients import mean_gradient
+from distill_trainer.gradients import clipped, mean_gradient
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.losses import Loss, loss_of
 from distill_trainer.optimizer import make_optimizer
@@ -148,17 +148,14 @@ def run_steps(
                 n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
                 if batches:
                     means, gradients = mean_gradient(step, batches)
-                    if config.max_grad_norm is not None:
-                        gradients, norm = optim.clip_grad_norm(gradients, config.max_grad_norm)  # type: ignore[no-untyped-call]
+                    gradients, unclipped = clipped(gradients, config.max_grad_norm)
                     optimizer.update(model, gradients)
                     mx.eval(trainable(model), optimizer.state, means)
                     loss, kd_loss, ce_loss = (cast(float, mean.item()) for mean in means)
-                    if not math.isfinite(loss):
-                        documents = ", ".join(sequence.where for chosen, _, _ in answered for sequence in chosen)
-                        raise ModelError(
-                            f"the loss of step {report.steps + 1} is {loss} on {documents}, expected a number; "
-                            + config.slower
-                        )
+                    norm = None if unclipped is None else cast(float, unclipped.item())
+                    documents = [sequence for chosen, _, _ in answered for sequence in chosen]
+                    require_finite("loss", loss, report.steps + 1, documents, config)
+                    require_finite("gradient's norm", norm, report.steps + 1, documents, config)
                 elapsed_s = time.perf_counter() - started
 
                 report.steps += 1
@@ -175,7 +172,7 @@ def run_steps(
                     "trained_tokens": n,
                     "alpha": alpha,
                     "learning_rate": optimizer.learning_rate.item() if config.lr_schedule else config.learning_rate,
-                    "grad_norm": None if norm is None else norm.item(),
+                    "grad_norm": norm,
                     "tokens_per_second": n / elapsed_s,
                     "peak_memory_gb": mx.get_peak_memory() / 1e9,
                 }
@@ -217,6 +214,19 @@ def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[
         total = (mx.where(batch.kd_weight > 0, batch.kd_weight * kl, 0) + batch.ce_weight * ce).mean()
     answered = batch.kd_weight > 0
     return total, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
+
+
+def require_finite(
+    what: str, value: float | None, step: int, documents: Sequence[TokenSequence], config: TrainConfig
+) -> None:
+    """Check a number of a step.
+
+    Raises:
+        ModelError: it is none; with the documents of the step.
+    """
+    if value is not None and not math.isfinite(value):
+        where = ", ".join(sequence.where for sequence in documents)
+        raise ModelError(f"the {what} of step {step} is {value} on {where}, expected a number; {config.slower}")
 
 
 def say_coverage(
