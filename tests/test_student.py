@@ -37,7 +37,7 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     Path(config.out).mkdir()
     make_trainable(student, config)
     optimizer = make_optimizer("adam", {}, config.learning_rate, None)
-    checkpoints = Checkpoints(config, student, optimizer, {})
+    checkpoints = Checkpoints(config, student, optimizer, [], world.sequences())
     run_steps(config, student.model, optimizer, world.sequences(), None, checkpoints, TrainReport())
     line = save_student(student, config)
     student.model.eval()

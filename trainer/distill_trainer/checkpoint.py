@@ -15,6 +15,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
@@ -41,24 +42,26 @@ from logitstore.sequences import TokenSequence
 OPTIMIZER = "optimizer.safetensors"
 STATE = "training.json"
 _KEY = "random_state"
-_FREE = ("out", "quiet", "resume", "save_every", "store", "iters")
-"""Config fields that may differ: stores are held against each other by content, steps may become more."""
+_FREE = {"out", "quiet", "resume", "save_every", "store"}
+"""Config fields that may differ; stores are held against each other by content."""
 
 
 class Checkpoints:
-    """Saves and restores a run's state.
-
-    Args:
-        sources: from `sources_of`.
-    """
+    """Saves and restores a run's state, of which the student's model and the optimizer are parts."""
 
     def __init__(
-        self, config: TrainConfig, student: LoadedModel, optimizer: optim.Optimizer, sources: Mapping[str, str]
+        self,
+        config: TrainConfig,
+        student: LoadedModel,
+        optimizer: optim.Optimizer,
+        stores: Sequence[Store],
+        sequences: Sequence[TokenSequence],
     ) -> None:
         self._config = config
         self._student = student
         self._optimizer = optimizer
-        self._sources = dict(sources)
+        self._stores = stores
+        self._sequences = sequences
         self._folder = Path(config.out) / CHECKPOINTS
         self._losses: list[float] = []
         """Since the last checkpoint."""
@@ -74,17 +77,16 @@ class Checkpoints:
         if not folders:
             return
         last = folders[-1]
-        state, weights, kept = _read(last)
-        self._require_same(last, state)
+        state, before, weights, kept = _read(last)
+        self._require_same(last, state, before.steps)
         names = trainable(self._student.model).keys()
         if not names <= weights.keys():
             raise ModelError(f"{last} lacks weights that this run trains; remove it to go on from an older one")
         self._student.model.load_weights(list(weights.items()), strict=False)
         seed(kept.pop(_KEY))
         self._optimizer.state = tree_unflatten(list(kept.items()))
-        for name in ("steps", "trained_tokens", "elapsed_s", "final"):
-            setattr(report, name, state["report"][name])
-        report.count = Count(**state["report"]["count"])
+        for name in ("steps", "trained_tokens", "elapsed_s", "final", "count"):
+            setattr(report, name, getattr(before, name))
 
     def after(self, report: TrainReport) -> None:
         """Take note of a step, and save where it is a step's turn.
@@ -111,8 +113,6 @@ class Checkpoints:
             return
         if not all(mx.isfinite(values).all().item() for values in trainable(self._student.model).values()):
             raise ModelError(f"after step {report.steps} some weights are no finite numbers; {self._config.slower}")
-        if self._config.fine_tune_type != "full" and "student" not in self._sources:
-            self._sources["student"] = _student_digest(self._student)
         state = {
             "report": asdict(report),
             "mean_loss": sum(self._losses) / len(self._losses) if self._losses else None,
@@ -142,37 +142,34 @@ class Checkpoints:
                     folder.rename(self._folder / f".{folder.name}")
             _clear(self._folder)
 
-    def _require_same(self, folder: Path, state: Mapping[str, Any]) -> None:
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        """Digests of what the run reads: documents, stores but for the one that it writes to, an adapter's base."""
+        found, config = {"dataset": _documents_digest(self._sequences)}, self._config
+        read = [s for s in self._stores if not (config.write_back and Path(str(s.path)) == Path(config.store[0]))]
+        for number, store in enumerate(read, 1):
+            found[f"store {number}"] = store.digest()
+        if config.fine_tune_type != "full":  # else all weights are in the checkpoint
+            path = self._student.path
+            found["student"] = f"{weights_digest(path, quiet=config.quiet)} {config_digest(path)}"
+        return found
+
+    def _require_same(self, folder: Path, state: Mapping[str, Any], steps: int) -> None:
         now, was = json.loads(json.dumps(self._config.to_json())), state["config"]
-        free = _FREE[:-1] if not self._config.alpha_schedule.constant else _FREE
+        free = _FREE | {"iters"} if self._config.alpha_schedule.constant else _FREE  # a schedule spans all steps
         pairs = [(name, was.get(name), now.get(name)) for name in {**was, **now} if name not in free]
-        if self._config.fine_tune_type != "full":
-            self._sources["student"] = _student_digest(self._student)
-        digests = {**state["sources"], **self._sources}
-        pairs += [
-            (f"the content of the {name}", state["sources"].get(name), self._sources.get(name)) for name in digests
-        ]
+        then, today = state["sources"], self._sources
+        pairs += [(f"the content of the {name}", then.get(name), today.get(name)) for name in {**then, **today}]
         for name, before, after in pairs:
             if before != after:
                 raise ConfigError(
                     f"{folder} was made with {name} {_said(before)}, this run has {_said(after)}; type the command as "
                     "it was, or without --resume and with a new --out"
                 )
-        if self._config.iters < state["report"]["steps"]:
+        if self._config.iters < steps:
             raise ConfigError(
-                f"{folder} is already after step {state['report']['steps']}, iters is {self._config.iters}; "
-                "type --iters with more"
+                f"{folder} is already after step {steps}, iters is {self._config.iters}; type --iters with more"
             )
-
-
-def sources_of(config: TrainConfig, stores: Sequence[Store], sequences: Sequence[TokenSequence]) -> dict[str, str]:
-    """Digests of what a run reads: its documents, and its stores but for the one that it writes to."""
-    documents = blake2b(digest_size=16)
-    for sequence in sequences:
-        documents.update(len(sequence.token_ids).to_bytes(8, "little"))
-        documents.update(sequence.token_ids.tobytes() + sequence.trained.tobytes())
-    read = [store for store in stores if not (config.write_back and str(store.path) == config.store[0])]
-    return {"dataset": documents.hexdigest()} | {f"store {i}": s.digest() for i, s in enumerate(read, 1)}
 
 
 def cut_metrics(out: Path, steps: int) -> None:
@@ -190,8 +187,12 @@ def cut_metrics(out: Path, steps: int) -> None:
         sync(out)
 
 
-def _student_digest(student: LoadedModel) -> str:
-    return f"{weights_digest(student.path, quiet=True)} {config_digest(student.path)}"
+def _documents_digest(sequences: Sequence[TokenSequence]) -> str:
+    digest = blake2b(digest_size=16)
+    for sequence in sequences:
+        digest.update(len(sequence.token_ids).to_bytes(8, "little"))
+        digest.update(sequence.token_ids.tobytes() + sequence.trained.tobytes())
+    return digest.hexdigest()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -205,23 +206,24 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, mx.array], dict[str, mx.array]]:
-    """State, the student's weights, and the optimizer's arrays with the random state."""
+def _read(folder: Path) -> tuple[dict[str, Any], TrainReport, dict[str, mx.array], dict[str, mx.array]]:
+    """State, the report in it, the student's weights, and the optimizer's arrays with the random state."""
     try:
         state = json.loads((folder / STATE).read_text())
+        report = TrainReport(**state["report"] | {"count": Count(**state["report"]["count"])})
         weights: dict[str, mx.array] = {}
         for file in sorted(folder.glob("*.safetensors")):
             if file.name != OPTIMIZER:
                 weights |= cast(dict[str, mx.array], mx.load(str(file)))
         kept = cast(dict[str, mx.array], mx.load(str(folder / OPTIMIZER)))
         mx.eval(weights, kept)
-        if not {"report", "config", "sources"} <= state.keys() or _KEY not in kept:
+        if not isinstance(state["config"], dict) or not isinstance(state["sources"], dict) or _KEY not in kept:
             raise ValueError("it lacks a part")
-    except (OSError, ValueError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder} cannot be read as a checkpoint: {first_line(error)}; remove it to go on from an older one"
         ) from error
-    return state, weights, kept
+    return state, report, weights, kept
 
 
 def _mean_loss(folder: Path) -> float:

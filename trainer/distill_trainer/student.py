@@ -52,7 +52,7 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     if config.fine_tune_type == "full":
         model.unfreeze()
     else:
-        if needs_base(student, config) and not (Path(config.out) / CHECKPOINTS).exists():
+        if needs_base(student, config) and not any((Path(config.out) / CHECKPOINTS).glob("[0-9]*")):
             with writing(Path(config.out)):
                 save_model_dir(student.model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()

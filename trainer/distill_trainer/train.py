@@ -19,7 +19,7 @@ import mlx.optimizers as optim
 from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
-from distill_trainer.checkpoint import Checkpoints, cut_metrics, sources_of
+from distill_trainer.checkpoint import Checkpoints, cut_metrics
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import clipped, mean_gradient
 from distill_trainer.interrupts import uninterrupted
@@ -88,7 +88,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
             run, failure = TrainReport(), None
-            checkpoints = Checkpoints(config, student, optimizer, sources_of(config, stores, sequences))
+            checkpoints = Checkpoints(config, student, optimizer, stores, sequences)
             if config.resume:
                 checkpoints.restore(run)
                 say(f"going on after step {run.steps:,}")
