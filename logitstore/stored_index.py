@@ -54,7 +54,8 @@ class StoredIndex:
             counts = unpack(files.read(f"{FOLDER}/counts/c/0/0"), shards * 16) if shards else b""
         except (OSError, ValueError) as error:
             raise self.damaged("shards", f"cannot be read ({error})") from error
-        self.shards = [row.tobytes().hex() for row in np.frombuffer(names, np.uint8).reshape(-1, NAME_BYTES)]
+        text = bytes(names).hex()
+        self.shards = [text[at : at + 2 * NAME_BYTES] for at in range(0, len(text), 2 * NAME_BYTES)]
         self.counts = np.frombuffer(counts, "<u8").reshape(-1, 2).astype(np.int64)
         """[S, 2]; documents and positions of each shard."""
         self._mapped = {name: self._map(name) for name in COLUMNS}  # now: another writer may replace the folder later
