@@ -12,7 +12,7 @@ from distill_kernels.divergence import Divergence, ForwardKL
 from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
 from distill_kernels.row_loss import Arrays
 from distill_kernels.row_ops import add_at_ids, at_ids, check_sparse, counted, cross_entropy, in_vocabulary, log_sum_exp
-from distill_kernels.tier import Tier, on_tier
+from distill_kernels.tier import Tier, kd_and_ce
 
 import mlx.core as mx
 
@@ -143,9 +143,16 @@ def bucket_loss_ce(
     Raises:
         ValueError: the shapes do not fit, or an option is not above 0.
     """
-    rows = [ids, weights, log_tail_mass, labels, *([] if row_weights is None else [row_weights])]
-    kd, ce = on_tier(BucketLoss(temperature, **options, divergence=divergence), tier)(logits, *rows)
-    return kd, ce
+    return kd_and_ce(
+        BucketLoss(temperature, **options, divergence=divergence),
+        tier,
+        logits,
+        ids,
+        weights,
+        log_tail_mass,
+        labels,
+        row_weights=row_weights,
+    )
 
 
 def bucket_kl_ce(
@@ -160,9 +167,9 @@ def bucket_kl_ce(
     **options: Unpack[LogitsOptions],
 ) -> tuple[mx.array, mx.array]:
     """Return `bucket_loss_ce` of the forward KL."""
-    rows = [ids, weights, log_tail_mass, labels, *([] if row_weights is None else [row_weights])]
-    kl, ce = on_tier(BucketKL(temperature, **options), tier)(logits, *rows)
-    return kl, ce
+    return kd_and_ce(
+        BucketKL(temperature, **options), tier, logits, ids, weights, log_tail_mass, labels, row_weights=row_weights
+    )
 
 
 bucket_loss_ce_ops, bucket_loss_ce_kernel = partial(bucket_loss_ce, tier="ops"), partial(bucket_loss_ce, tier="metal")

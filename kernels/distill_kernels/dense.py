@@ -10,8 +10,16 @@ from typing import ClassVar, Unpack
 from distill_kernels.divergence import Divergence, ForwardKL
 from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
 from distill_kernels.row_loss import Arrays
-from distill_kernels.row_ops import add_at_ids, check_vectors, cross_entropy, in_vocabulary, log_sum_exp, row_sum
-from distill_kernels.tier import Tier, on_tier
+from distill_kernels.row_ops import (
+    add_at_ids,
+    check_vectors,
+    cross_entropy,
+    in_vocabulary,
+    log_sum_exp,
+    normalisers,
+    row_sum,
+)
+from distill_kernels.tier import Tier, kd_and_ce
 
 import mlx.core as mx
 
@@ -28,8 +36,7 @@ class DenseLoss(LogitsLoss):
         teacher, labels = self.teacher_columns(targets[0], z.shape).astype(mx.float32), targets[1]
         check_vectors(z, {"labels": labels})
         t = self.temperature
-        lse = log_sum_exp(z)
-        lse_t = lse if t == 1 else log_sum_exp(z / t)
+        lse, lse_t = normalisers(z, t)
         lse_p = log_sum_exp(teacher / t)
         cells = self._cells(z, teacher, lse_t, lse_p)
         total = row_sum(self.divergence.slope(*cells))
@@ -103,9 +110,14 @@ def dense_loss_ce(
     Raises:
         ValueError: the shapes do not fit, or an option is not above 0.
     """
-    rows = [teacher_logits, labels, *([] if row_weights is None else [row_weights])]
-    kd, ce = on_tier(DenseLoss(temperature, **options, divergence=divergence), tier)(logits, *rows)
-    return kd, ce
+    return kd_and_ce(
+        DenseLoss(temperature, **options, divergence=divergence),
+        tier,
+        logits,
+        teacher_logits,
+        labels,
+        row_weights=row_weights,
+    )
 
 
 dense_loss_ce_ops, dense_loss_ce_kernel = partial(dense_loss_ce, tier="ops"), partial(dense_loss_ce, tier="metal")

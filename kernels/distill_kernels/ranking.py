@@ -9,8 +9,8 @@ from typing import ClassVar, Unpack
 
 from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
 from distill_kernels.row_loss import Arrays
-from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, log_sum_exp, softmax_and_ids
-from distill_kernels.tier import Tier, on_tier
+from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, normalisers, softmax_and_ids
+from distill_kernels.tier import Tier, kd_and_ce
 
 import mlx.core as mx
 
@@ -36,8 +36,7 @@ class RankLoss(LogitsLoss):
         ids, weights, labels = targets
         check_sparse(z, ids, weights, labels=labels)
         t = self.temperature
-        lse = log_sum_exp(z)
-        lse_t = lse if t == 1 else log_sum_exp(z / t)
+        lse, lse_t = normalisers(z, t)
         ids, p = counted(ids, weights, z.shape[1])
         s = at_ids(z, ids) / t
         share = _shares(p)
@@ -127,9 +126,9 @@ def hinge_rank_ce(
 
     Reference: arcee-ai/DistillKit, `hinge`.
     """
-    rows = [ids, weights, labels, *([] if row_weights is None else [row_weights])]
-    hinge, ce = on_tier(HingeRank(temperature, **options, margin=margin), tier)(logits, *rows)
-    return hinge, ce
+    return kd_and_ce(
+        HingeRank(temperature, **options, margin=margin), tier, logits, ids, weights, labels, row_weights=row_weights
+    )
 
 
 def logistic_rank_ce(
@@ -155,9 +154,7 @@ def logistic_rank_ce(
 
     Reference: Burges et al. 2005 (RankNet); arcee-ai/DistillKit, `logistic_ranking`.
     """
-    rows = [ids, weights, labels, *([] if row_weights is None else [row_weights])]
-    logistic, ce = on_tier(LogisticRank(temperature, **options), tier)(logits, *rows)
-    return logistic, ce
+    return kd_and_ce(LogisticRank(temperature, **options), tier, logits, ids, weights, labels, row_weights=row_weights)
 
 
 hinge_rank_ce_ops, hinge_rank_ce_kernel = partial(hinge_rank_ce, tier="ops"), partial(hinge_rank_ce, tier="metal")

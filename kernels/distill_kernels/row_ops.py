@@ -5,10 +5,14 @@ from distill_kernels.row_loss import Arrays
 import mlx.core as mx
 
 
-def check_sparse(z: mx.array, ids: mx.array, weights: mx.array, **vectors: mx.array) -> None:
-    """Raise ValueError unless the two target arrays are [N, k] alike and every named vector is [N]."""
+def check_sparse(
+    z: mx.array, ids: mx.array, weights: mx.array, log_probs: mx.array | None = None, **vectors: mx.array
+) -> None:
+    """Raise ValueError unless the target arrays are [N, k] alike and every named vector is [N]."""
     if ids.ndim != 2 or 0 in ids.shape or ids.shape != weights.shape or len(ids) != len(z):
         raise ValueError(f"ids and weights must be [{len(z)}, k >= 1] alike, found {ids.shape} and {weights.shape}")
+    if log_probs is not None and log_probs.shape != ids.shape:
+        raise ValueError(f"log_probs must be {list(ids.shape)} like ids, found {list(log_probs.shape)}")
     check_vectors(z, vectors)
 
 
@@ -43,6 +47,12 @@ def log_sum_exp(logits: mx.array) -> mx.array:
     that is no multiple of the block is padded with -inf.
     """
     return mx.logsumexp(mx.logsumexp(_blocks(logits, -mx.inf), axis=-1), axis=-1)
+
+
+def normalisers(z: mx.array, t: float) -> tuple[mx.array, mx.array]:
+    """Return (LSE(z), LSE(z / T)) of z [N, V] float32, [N] each."""
+    lse = log_sum_exp(z)
+    return lse, lse if t == 1 else log_sum_exp(z / t)
 
 
 def row_sum(x: mx.array) -> mx.array:

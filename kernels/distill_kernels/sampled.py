@@ -12,8 +12,8 @@ from typing import ClassVar, Unpack
 from distill_kernels.divergence import Divergence, ForwardKL
 from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
 from distill_kernels.row_loss import Arrays
-from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, log_sum_exp, softmax_and_ids
-from distill_kernels.tier import Tier, on_tier
+from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, normalisers, softmax_and_ids
+from distill_kernels.tier import Tier, kd_and_ce
 
 import mlx.core as mx
 
@@ -28,12 +28,9 @@ class SampledLoss(LogitsLoss):
 
     def value(self, z: mx.array, *targets: mx.array) -> tuple[Arrays, Arrays]:
         ids, weights, log_p, labels = targets
-        check_sparse(z, ids, weights, labels=labels)
-        if log_p.shape != ids.shape:
-            raise ValueError(f"log_probs must be {list(ids.shape)} like ids, found {list(log_p.shape)}")
+        check_sparse(z, ids, weights, log_p, labels=labels)
         t = self.temperature
-        lse = log_sum_exp(z)
-        lse_t = lse if t == 1 else log_sum_exp(z / t)
+        lse, lse_t = normalisers(z, t)
         ids, w = counted(ids, weights, z.shape[1])
         cells, inverse = self._cells(z, ids, w, log_p, lse_t)
         kd = t * t * mx.where(w > 0, inverse * self.divergence.value(*cells), 0).sum(axis=-1)
@@ -100,9 +97,16 @@ def sampled_loss_ce(
 
     Reference: Horvitz and Thompson 1952, A generalization of sampling without replacement from a finite universe.
     """
-    rows = [ids, weights, log_probs, labels, *([] if row_weights is None else [row_weights])]
-    kd, ce = on_tier(SampledLoss(temperature, **options, divergence=divergence), tier)(logits, *rows)
-    return kd, ce
+    return kd_and_ce(
+        SampledLoss(temperature, **options, divergence=divergence),
+        tier,
+        logits,
+        ids,
+        weights,
+        log_probs,
+        labels,
+        row_weights=row_weights,
+    )
 
 
 sampled_loss_ce_ops, sampled_loss_ce_kernel = (

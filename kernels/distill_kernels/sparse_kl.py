@@ -1,8 +1,7 @@
 """The linear losses on a sparse teacher, KL and soft cross-entropy, with cross-entropy to the label in the same pass.
 
 They serve unbiased selections (a sample whose weights stand for the whole distribution) and a full teacher (k = V; as a
-kernel up to 1,024 entries a row). For
-a truncated teacher, whose weights stand only for themselves, see `bucket`.
+kernel up to 1,024 entries a row). For a truncated teacher, whose weights stand only for themselves, see `bucket`.
 """
 
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import ClassVar, Unpack
 
 from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
 from distill_kernels.row_loss import Arrays
-from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, log_sum_exp, softmax_and_ids
-from distill_kernels.tier import Tier, on_tier
+from distill_kernels.row_ops import at_ids, check_sparse, counted, cross_entropy, normalisers, softmax_and_ids
+from distill_kernels.tier import Tier, kd_and_ce
 
 import mlx.core as mx
 
@@ -28,8 +27,7 @@ class SparseKL(LogitsLoss):
         ids, weights, labels = targets
         check_sparse(z, ids, weights, labels=labels)
         t = self.temperature
-        lse = log_sum_exp(z)
-        lse_t = lse if t == 1 else log_sum_exp(z / t)
+        lse, lse_t = normalisers(z, t)
         ids, w = counted(ids, weights, z.shape[1])
         cost = lse_t[:, None] - at_ids(z, ids) / t
         if self.less_entropy:
@@ -91,9 +89,7 @@ def sparse_kl_ce(
 
     Reference: Hinton et al. 2015, section 2 (T²); Anshumann et al. 2025, Sparse Logit Sampling (sampled weights).
     """
-    rows = [ids, weights, labels, *([] if row_weights is None else [row_weights])]
-    kl, ce = on_tier(SparseKL(temperature, **options), tier)(logits, *rows)
-    return kl, ce
+    return kd_and_ce(SparseKL(temperature, **options), tier, logits, ids, weights, labels, row_weights=row_weights)
 
 
 def soft_ce(
@@ -114,9 +110,7 @@ def soft_ce(
     is linear in the weights, so its mean over draws of an unbiased sample is the whole teacher's value; that of the KL
     is not, for the sample's entropy is not the teacher's.
     """
-    rows = [ids, weights, labels, *([] if row_weights is None else [row_weights])]
-    soft, ce = on_tier(SoftCE(temperature, **options), tier)(logits, *rows)
-    return soft, ce
+    return kd_and_ce(SoftCE(temperature, **options), tier, logits, ids, weights, labels, row_weights=row_weights)
 
 
 sparse_kl_ce_ops, sparse_kl_ce_kernel = partial(sparse_kl_ce, tier="ops"), partial(sparse_kl_ce, tier="metal")

@@ -7,6 +7,8 @@ from distill_kernels.logits_loss import LogitsLoss
 from distill_kernels.metal import on_metal
 from distill_kernels.row_loss import RowLoss
 
+import mlx.core as mx
+
 Tier = Literal["ops", "metal"]
 
 
@@ -31,3 +33,12 @@ def on_tier(loss: RowLoss, tier: Tier | None = None) -> RowLoss:
         if tier is not None:
             raise
         return loss
+
+
+def kd_and_ce(
+    loss: LogitsLoss, tier: Tier | None, logits: mx.array, *targets: mx.array, row_weights: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Return the loss's (kd, ce), each [N], on a tier: over its targets, and the weights of rows where there are any."""
+    rows = targets if row_weights is None else (*targets, row_weights)
+    kd, ce = on_tier(loss, tier)(logits, *rows)
+    return kd, ce
