@@ -221,6 +221,7 @@ def test_a_row_beyond_two_to_the_32_elements_is_found() -> None:
     with (
         patch("distill_kernels.select_metal.launch", launch),
         patch("distill_kernels.select_metal.dense", lambda a, _: a),
+        patch("distill_kernels.select_metal.as_ids", lambda a: a),
     ):
         found: Kept = select_threshold_kernel(far[0], far[1], 16, 1.0, *far[2:])  # type: ignore[arg-type]
     for a, b in zip(found, wanted, strict=True):

@@ -8,43 +8,29 @@ from dataclasses import dataclass
 
 from distill_kernels import divergence_metal
 from distill_kernels.dense import DenseLoss
+from distill_kernels.loss_source import (
+    FINAL,
+    LOSS,
+    MASKED_BACKWARD,
+    MASKED_FORWARD,
+    Outputs,
+    gradient_inputs,
+    loss_inputs,
+    loss_outputs,
+)
 from distill_kernels.metal import launch, threads_per_row
-from distill_kernels.metal_source import COMMON, as_ids, gradient_inputs, options
+from distill_kernels.metal_source import COMMON, ROW
 from distill_kernels.row_loss import Arrays, RowLoss
 from distill_kernels.row_ops import check_vectors
 
 import mlx.core as mx
 
-PROLOGUE = """
-    const uint tid = thread_index_in_threadgroup;
-    const uint threads = threads_per_threadgroup.x;
-    const uint n = threadgroup_position_in_grid.y;
-    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
-    const uint vocab = sizes[0];
-    const float temperature = options[0];
-    const bool tempered = temperature != 1.0f;
-    const Final final_of = {options[1], options[2]};
-    const Parameter parameter = {options[3], options[4], options[5]};
-    const auto row = logits + long(n) * long(logits_strides[0]);
-    const long step = long(logits_strides[1]);
+TEACHER = """
     const auto teacher = teacher_logits + long(n) * long(teacher_logits_strides[0]);
     const long teacher_step = long(teacher_logits_strides[1]);
-    const float row_weight = row_weights[n];
-    const uint label = labels[n];
-    threadgroup float parts[32];
 """
 
 FORWARD = """
-    if (row_weight == 0.0f) {
-        if (tid == 0) {
-            kd[n] = 0.0f;
-            ce[n] = 0.0f;
-            for (uint i = 0; i < 4; i++) {
-                saved[size_t(n) * 4 + i] = 0.0f;
-            }
-        }
-        return;
-    }
     Normaliser part = {NEGATIVE_INFINITY, 0.0f};
     Normaliser part_t = {NEGATIVE_INFINITY, 0.0f};
     Normaliser part_p = {NEGATIVE_INFINITY, 0.0f};
@@ -92,18 +78,14 @@ FORWARD = """
 """
 
 BACKWARD = """
-    const uint width = sizes[1];
-    const auto into = gradient + size_t(n) * width;
-    const float a = temperature * row_weight * ct_kd[n];
-    const float b = label < vocab ? row_weight * ct_ce[n] : 0.0f;
-    const bool untouched = row_weight == 0.0f || (a == 0.0f && b == 0.0f);
+    const float a = temperature * ct;
     const float lse = saved[size_t(n) * 4];
     const float lse_t = saved[size_t(n) * 4 + 1];
     const float lse_p = saved[size_t(n) * 4 + 2];
     const float total = saved[size_t(n) * 4 + 3];
     for (uint first = tid * PER_THREAD; first < width; first += threads * PER_THREAD) {
         for (uint v = first; v < metal::min(first + PER_THREAD, width); v++) {
-            if (untouched || v >= vocab) {
+            if (v >= vocab) {
                 into[v] = T(0.0f);
                 continue;
             }
@@ -148,46 +130,37 @@ class DenseKernel(RowLoss):
 
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         """See `RowLoss.forward`: (kd, ce), and [N, 4] of what a gradient needs."""
-        n = len(logits)
-        outputs = {"kd": ((n,), mx.float32), "ce": ((n,), mx.float32), "saved": ((n, 4), mx.float32)}
-        kd, ce, saved = self._launch("forward", FORWARD, self._inputs(logits, rows), outputs)
+        body, outputs = MASKED_FORWARD + FORWARD, loss_outputs(len(logits))
+        kd, ce, saved = self._launch("forward", body, self._inputs(logits, rows), outputs)
         return (kd, ce), (saved,)
 
     def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
         """See `RowLoss.backward`."""
-        inputs = self._inputs(logits, rows)
-        inputs |= gradient_inputs(saved, cotangents)
-        return self._launch("backward", BACKWARD, inputs, {"gradient": (logits.shape, logits.dtype)})[0]
+        body, inputs = MASKED_BACKWARD + BACKWARD, self._inputs(logits, rows) | gradient_inputs(saved, cotangents)
+        return self._launch("backward", body, inputs, {"gradient": (logits.shape, logits.dtype)})[0]
 
     def _inputs(self, logits: mx.array, rows: Arrays) -> dict[str, mx.array]:
         loss, (n, width) = self.loss, logits.shape
         (teacher, labels), row_weights = loss.parted(logits, rows, loss.names)
-        vocab = loss.vocab_size or width
-        teacher = loss.teacher_columns(teacher, (n, vocab))
+        teacher = loss.teacher_columns(teacher, (n, loss.vocab_size or width))
         check_vectors(logits, {"labels": labels})
-        return {
-            "logits": logits,
-            "teacher_logits": teacher,
-            "labels": as_ids(labels),
-            "row_weights": mx.ones(n) if row_weights is None else mx.contiguous(row_weights.astype(mx.float32)),
-            "options": options(loss, divergence_metal.parameter(loss.divergence)),
-            "sizes": mx.array([vocab, width], mx.uint32),
-        }
+        own = divergence_metal.parameter(loss.divergence)
+        return {"teacher_logits": teacher, **loss_inputs(loss, own, logits, labels, row_weights)}
 
     def _launch(
         self,
         direction: str,
         body: str,
         inputs: dict[str, mx.array],
-        outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+        outputs: Outputs,
     ) -> list[mx.array]:
         n, width = inputs["logits"].shape
         return launch(
             f"dense_{type(self.loss.divergence).__name__.lower()}_{direction}",
             inputs,
             outputs,
-            PROLOGUE + body,
-            COMMON + divergence_metal.functions(self.loss.divergence),
+            ROW + LOSS + TEACHER + body,
+            COMMON + FINAL + divergence_metal.functions(self.loss.divergence),
             rows=n,
             threads=threads_per_row(width),
             template=[("T", inputs["logits"].dtype)],

@@ -102,3 +102,16 @@ def kernel_of(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], sour
         header=header,
         ensure_row_contiguous=False,
     )
+
+
+def dense(rows: mx.array, dtype: mx.Dtype) -> mx.array:
+    """What is small beside the logits, in rows without gaps."""
+    return mx.contiguous(rows.astype(dtype))
+
+
+def as_ids(ids: mx.array) -> mx.array:
+    """Return ids as the kernels read them, uint32; what does not fit becomes 2^31 - 1, which no vocabulary holds."""
+    if ids.dtype in (mx.int32, mx.uint32):
+        return dense(ids, mx.uint32)
+    wide, nobody = ids.astype(mx.int64), 2**31 - 1
+    return dense(mx.where((wide >= 0) & (wide < nobody), wide, nobody), mx.uint32)

@@ -5,37 +5,25 @@ Log-sum-exp is online (Milakov and Gimelshein, 2018): one pass keeps the largest
 definition, and the kernels wait for memory, not for arithmetic.
 """
 
-import math
+from distill_kernels.metal import PER_THREAD
 
-from distill_kernels.logits_loss import LogitsLoss
-from distill_kernels.row_loss import Arrays
+ROW = """
+    const uint tid = thread_index_in_threadgroup;
+    const uint threads = threads_per_threadgroup.x;
+    const uint n = threadgroup_position_in_grid.y;
+    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
+    const uint vocab = sizes[0];
+    const auto row = logits + long(n) * long(logits_strides[0]);
+    const long step = long(logits_strides[1]);
+    threadgroup float parts[32];
+"""
+"""How every kernel begins: which thread this is, and where its row of `logits` lies."""
 
-import mlx.core as mx
-
-
-def options(loss: LogitsLoss, own: float) -> mx.array:
-    """A loss's numbers as its kernels read them, [6]: temperature, scale, softcap or 0, its own and two logarithms."""
-    logs = (math.log(own), math.log1p(-own)) if 0 < own < 1 else (0.0, 0.0)
-    return mx.array([loss.temperature, loss.scale, loss.softcap or 0.0, own, *logs], mx.float32)
-
-
-def as_ids(ids: mx.array) -> mx.array:
-    """Return ids as the kernels read them, uint32; what does not fit becomes 2^31 - 1, which no vocabulary holds."""
-    if ids.dtype in (mx.int32, mx.uint32):
-        return mx.contiguous(ids.astype(mx.uint32))
-    wide, nobody = ids.astype(mx.int64), 2**31 - 1
-    return mx.contiguous(mx.where((wide >= 0) & (wide < nobody), wide, nobody).astype(mx.uint32))
-
-
-def gradient_inputs(saved: Arrays, cotangents: Arrays) -> dict[str, mx.array]:
-    """What a gradient takes beside a loss's inputs, without gaps: a cotangent is often one number, broadcast."""
-    arrays = saved[0], *cotangents
-    return {name: mx.contiguous(array) for name, array in zip(("saved", "ct_kd", "ct_ce"), arrays, strict=True)}
-
-
-COMMON = """
-constant constexpr uint PER_THREAD = 4;
-
+COMMON = (
+    f"""
+constant constexpr uint PER_THREAD = {PER_THREAD};
+"""
+    """
 // A row's softmax normaliser so far: log(sum exp(x)) = largest + log(sum).
 struct Normaliser {
     float largest;
@@ -75,13 +63,6 @@ inline float log_add(float a, float b) {
     return most + log1p(metal::precise::exp(-metal::abs(a - b)));
 }
 
-// A loss's own number, and the logarithms of it and of 1 - it, where it is the weight of a mixture.
-struct Parameter {
-    float value;
-    float log_value;
-    float log_rest;
-};
-
 // What every thread of a group knows of its place in it.
 struct Place {
     uint lane;
@@ -118,21 +99,5 @@ inline float group_log(Normaliser part, threadgroup float* parts, Place at) {
     all.sum = group_sum(part.sum * metal::precise::exp(part.largest - finite_or_zero(all.largest)), parts, at);
     return log_of(all);
 }
-
-// The model's logit from the head's raw output: scaled, then capped where there is a cap.
-struct Final {
-    float scale;
-    float softcap;
-
-    float operator()(float raw) const {
-        const float z = raw * scale;
-        return softcap > 0.0f ? softcap * metal::precise::tanh(z / softcap) : z;
-    }
-
-    // Its derivative with respect to the raw output.
-    float slope(float final) const {
-        const float share = softcap > 0.0f ? final / softcap : 0.0f;
-        return scale * (1.0f - share * share);
-    }
-};
 """
+)

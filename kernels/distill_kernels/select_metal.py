@@ -3,8 +3,8 @@
 Beside what is kept, a row's scratch is three floats a block, and the logits of its candidate blocks.
 """
 
-from distill_kernels.metal import MOST_THREADS, SIMD, VARIABLE, launch, threads_per_row
-from distill_kernels.metal_source import COMMON
+from distill_kernels.metal import MOST_THREADS, SIMD, VARIABLE, as_ids, dense, launch, threads_per_row
+from distill_kernels.metal_source import COMMON, ROW
 from distill_kernels.select import BLOCK_SIZE, Kept
 from distill_kernels.select_source import BLOCKS, LOG_Z, MOMENTS
 from distill_kernels.select_source_entries import DRAWN, ENTRIES, KEYS
@@ -56,7 +56,7 @@ def log_z_kernel(logits: mx.array, temperatures: tuple[float, ...]) -> mx.array:
         "log_z",
         inputs,
         {"log_z": ((n, count), mx.float32)},
-        LOG_Z,
+        ROW + LOG_Z,
         COMMON,
         rows=n,
         threads=threads_per_row(vocab_size),
@@ -83,7 +83,7 @@ def _select(
     }
     best, mass, largest, label_log_prob, entropy = launch(
         "select_blocks",
-        {**inputs, "labels": dense(labels, mx.uint32)},
+        {**inputs, "labels": as_ids(labels)},
         {
             "best": ((n, blocks), mx.float32),
             "mass": ((n, blocks), mx.float32),
@@ -91,7 +91,7 @@ def _select(
             "label_log_prob": ((n,), mx.float32),
             "entropy": ((n,), mx.float32),
         },
-        BLOCKS,
+        ROW + BLOCKS,
         COMMON + MOMENTS,
         rows=n,
         threads=_even_threads(blocks),
@@ -110,19 +110,13 @@ def _select(
             "values": ((n, candidates * BLOCK_SIZE), mx.float32),
             "rest": ((n, blocks), mx.float32),
         },
-        ENTRIES + (DRAWN if random else ""),
+        ROW + ENTRIES + (DRAWN if random else ""),
         COMMON + MOMENTS + KEYS,
         rows=n,
         threads=threads,
         template=[("K", most_kept), ("THREADS", threads), ("WHOLE", whole), ("DRAWS", bool(random))],
     )
     return Kept(ids, probs, head_count, tail_mass, label_log_prob, entropy)
-
-
-def dense(rows: mx.array, dtype: mx.Dtype) -> mx.array:
-    """What is small beside the logits, in rows without gaps."""
-    made: mx.array = mx.contiguous(rows.astype(dtype))
-    return made
 
 
 def _even_threads(blocks: int) -> int:

@@ -4,9 +4,13 @@ Threads side by side take blocks side by side, whose elements are neighbours in 
 block, so that a block's mass does not depend on the order in which threads come.
 """
 
-MOMENTS = """
-constant constexpr uint BLOCK = 64;
+from distill_kernels.select import BLOCK_SIZE
 
+MOMENTS = (
+    f"""
+constant constexpr uint BLOCK = {BLOCK_SIZE};
+"""
+    """
 // A softmax so far, and what its entropy needs: weighted = sum (x - largest) exp(x - largest).
 struct Moments {
     float largest;
@@ -48,21 +52,14 @@ inline void join(thread Moments& m, Moments other) {
     m.weighted += other.weighted;
 }
 """
+)
 
 BLOCKS = """
-    const uint tid = thread_index_in_threadgroup;
-    const uint threads = threads_per_threadgroup.x;
-    const uint n = threadgroup_position_in_grid.y;
-    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
-    const uint vocab = sizes[0];
     const uint blocks = sizes[1];
     const float temperature = temperatures[0];
-    const auto row = logits + long(n) * long(logits_strides[0]);
-    const long step = long(logits_strides[1]);
     const auto row_best = best + size_t(n) * blocks;
     const auto row_mass = mass + size_t(n) * blocks;
     const uint label = labels[n];
-    threadgroup float parts[32];
 
     Moments plain = {NEGATIVE_INFINITY, 0.0f, 0.0f};
     float most = NEGATIVE_INFINITY;
@@ -110,14 +107,6 @@ BLOCKS = """
 """
 
 LOG_Z = """
-    const uint tid = thread_index_in_threadgroup;
-    const uint threads = threads_per_threadgroup.x;
-    const uint n = threadgroup_position_in_grid.y;
-    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
-    const uint vocab = sizes[0];
-    const auto row = logits + long(n) * long(logits_strides[0]);
-    const long step = long(logits_strides[1]);
-    threadgroup float parts[32];
 
     Normaliser part[COUNT];
     for (uint t = 0; t < COUNT; t++) {

@@ -5,11 +5,16 @@
 of a group come to every barrier: what decides a `return` is the same for the whole row.
 """
 
-KEYS = """
+from distill_kernels.select import HEAD_MARGIN, UNITS
+
+KEYS = (
+    f"""
+constant constexpr float HEAD_MARGIN = {HEAD_MARGIN}f;
+constant constexpr float UNITS = {float(UNITS)}f;
+"""
+    """
 constant constexpr uint DIGIT_BITS = 5;
 constant constexpr uint DIGITS = 32;
-constant constexpr float HEAD_MARGIN = 1e-6f;
-constant constexpr float UNITS = 17179869184.0f;
 
 // Keys are whole numbers that order as (value, -id) do, so no two are equal; 0 is nobody's.
 inline ulong key_of(float value, uint id) {
@@ -113,26 +118,19 @@ inline long units_of(float mass, float total) {
     return long(mass / total * UNITS);
 }
 """
+)
 
 ENTRIES = """
-    const uint tid = thread_index_in_threadgroup;
-    const uint threads = threads_per_threadgroup.x;
-    const uint n = threadgroup_position_in_grid.y;
-    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
-    const uint vocab = sizes[0];
     const uint blocks = sizes[1];
     const uint k = sizes[2];
     const uint candidates = sizes[3];
     const float temperature = temperatures[0];
-    const auto row = logits + long(n) * long(logits_strides[0]);
-    const long step = long(logits_strides[1]);
     const float most = largest[n];
     const auto row_ids = ids + size_t(n) * k;
     const auto row_probs = probs + size_t(n) * k;
     const auto row_values = values + size_t(n) * candidates * BLOCK;
     const auto row_rest = rest + size_t(n) * blocks;
 
-    threadgroup float parts[32];
     threadgroup metal::atomic_uint bins[DIGITS];
     threadgroup metal::atomic_uint found;
     threadgroup uint chosen[WHOLE ? 1 : K];

@@ -5,8 +5,18 @@ from typing import Any
 
 from distill_kernels.coded import CodedLoss, Kind
 from distill_kernels.logits_loss import LogitsLoss
-from distill_kernels.metal import VARIABLE, launch, threads_per_row
-from distill_kernels.metal_source import COMMON, as_ids, gradient_inputs, options
+from distill_kernels.loss_source import (
+    FINAL,
+    LOSS,
+    MASKED_BACKWARD,
+    MASKED_FORWARD,
+    Outputs,
+    gradient_inputs,
+    loss_inputs,
+    loss_outputs,
+)
+from distill_kernels.metal import VARIABLE, as_ids, dense, launch, threads_per_row
+from distill_kernels.metal_source import COMMON, ROW
 from distill_kernels.row_loss import Arrays, RowLoss
 from distill_kernels.row_ops import check_sparse
 from distill_kernels.sparse_source import (
@@ -15,10 +25,8 @@ from distill_kernels.sparse_source import (
     CODES,
     DRAWS,
     EMPTY_TABLE,
+    ENTRIES,
     FORWARD,
-    MASKED_BACKWARD,
-    MASKED_FORWARD,
-    PROLOGUE,
     TABLE,
     TAIL,
     WEIGHTS,
@@ -58,16 +66,14 @@ class SparseKernel(RowLoss):
 
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         """See `RowLoss.forward`: (kd, ce), and [N, 4] of what a gradient needs."""
-        source, inputs, n = source_of(self.loss), self._inputs(logits, rows), len(logits)
+        source, inputs = source_of(self.loss), self._inputs(logits, rows)
         body = MASKED_FORWARD + self._load() + EMPTY_TABLE + FORWARD.replace("VALUE", source.value)
-        outputs = {"kd": ((n,), mx.float32), "ce": ((n,), mx.float32), "saved": ((n, 4), mx.float32)}
-        kd, ce, saved = self._launch(source, "forward", body, inputs, outputs, [("ADDS", False)])
+        kd, ce, saved = self._launch(source, "forward", body, inputs, loss_outputs(len(logits)), [("ADDS", False)])
         return (kd, ce), (saved,)
 
     def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
         """See `RowLoss.backward`."""
-        source, inputs = source_of(self.loss), self._inputs(logits, rows)
-        inputs |= gradient_inputs(saved, cotangents)
+        source, inputs = source_of(self.loss), self._inputs(logits, rows) | gradient_inputs(saved, cotangents)
         body = MASKED_BACKWARD + self._load() + EMPTY_TABLE + BACKWARD.replace("GRADIENT", source.gradient)
         outputs = {"gradient": (logits.shape, logits.dtype)}
         template = [("ADDS", True), ("T", logits.dtype)]
@@ -77,28 +83,14 @@ class SparseKernel(RowLoss):
         """The kernel's arguments by name; the logits as they lie in memory, what is small in rows without gaps."""
         names = self.loss.names if self.kind is None else CodedLoss.names
         targets, row_weights = self.loss.parted(logits, rows, names)
-        n, width = logits.shape
         named = dict(zip(names, targets, strict=True))
-        wide = [named.pop(name) for name in ("ids", "weights", "codes", "log_probs") if name in named]
-        check_sparse(logits, *wide[:2], **named)
-        if wide[-1].shape != wide[0].shape:
-            raise ValueError(f"log_probs must be {list(wide[0].shape)} like ids, found {list(wide[-1].shape)}")
-        named = dict(zip(names, targets, strict=True))
+        check_sparse(logits, **{"weights" if name == "codes" else name: array for name, array in named.items()})
         k = named["ids"].shape[1]
         if k > MOST_KEPT:
             raise ValueError(f"{k:,} entries a row, expected at most {MOST_KEPT:,}; type {VARIABLE}=ops")
-        loss = self.loss
-        dense = {
-            name: as_ids(array) if name in ("ids", "labels") else mx.contiguous(array.astype(_TYPES[name]))
-            for name, array in named.items()
-        }
-        return {
-            "logits": logits,
-            **dense,
-            "row_weights": mx.ones(n) if row_weights is None else mx.contiguous(row_weights.astype(mx.float32)),
-            "options": options(loss, parameter_of(loss)),
-            "sizes": mx.array([min(width, loss.vocab_size or width), k, width], mx.uint32),
-        }
+        own = {name: dense(array, _TYPES[name]) for name, array in named.items() if name in _TYPES}
+        shared = loss_inputs(self.loss, parameter_of(self.loss), logits, named["labels"], row_weights)
+        return {"ids": as_ids(named["ids"]), **own, **shared}
 
     def _load(self) -> str:
         """Where a row's entries come from."""
@@ -112,7 +104,7 @@ class SparseKernel(RowLoss):
         direction: str,
         body: str,
         inputs: dict[str, mx.array],
-        outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]],
+        outputs: Outputs,
         template: list[tuple[str, Any]],
     ) -> list[mx.array]:
         n, k = inputs["ids"].shape
@@ -127,8 +119,8 @@ class SparseKernel(RowLoss):
             f"{source.name}_{self.kind or 'weights'}_{direction}",
             inputs,
             outputs,
-            PROLOGUE + body,
-            COMMON + CODES + TABLE + source.header,
+            ROW + LOSS + ENTRIES + body,
+            COMMON + FINAL + CODES + TABLE + source.header,
             rows=n,
             threads=threads_per_row(inputs["logits"].shape[1]),
             template=[*constants.items(), *template],

@@ -8,6 +8,8 @@ whether it is one of them, so no two threads write one place and nothing as wide
 decides a `return` is the same for the whole row.
 """
 
+from distill_kernels.coded import DRAWS_WEIGHT, LARGEST, STEPS_PER_NAT, ZERO
+
 TABLE = """
 // Ids in threadgroup memory, found by open addressing. Of one id there may be several.
 constant constexpr int NOBODY = -1;
@@ -44,25 +46,10 @@ inline bool holds(threadgroup metal::atomic_int* table, uint slots, uint id) {
 }
 """
 
-PROLOGUE = """
-    const uint tid = thread_index_in_threadgroup;
-    const uint threads = threads_per_threadgroup.x;
-    const uint n = threadgroup_position_in_grid.y;
-    const Place at = {thread_index_in_simdgroup, simdgroup_index_in_threadgroup, simdgroups_per_threadgroup};
-    const uint vocab = uint(sizes[0]);
-    const uint k = uint(sizes[1]);
+ENTRIES = """
+    const uint k = uint(ids_shape[1]);
     const uint slots = 2 * K;
-    const float temperature = options[0];
-    const bool tempered = temperature != 1.0f;
-    const Final final_of = {options[1], options[2]};
-    const Parameter parameter = {options[3], options[4], options[5]};
-    const auto row = logits + long(n) * long(logits_strides[0]);
-    const long step = long(logits_strides[1]);
     const auto row_ids = ids + size_t(n) * k;
-    const float row_weight = row_weights[n];
-    const uint label = uint(labels[n]);
-
-    threadgroup float parts[32];
     threadgroup float kept[K];
     threadgroup float scores[RANKS ? K : 1];
     threadgroup float added[ADDS ? 2 * K : 1];
@@ -142,32 +129,6 @@ VALUE
     }
 """
 
-MASKED_FORWARD = """
-    if (row_weight == 0.0f) {
-        if (tid == 0) {
-            kd[n] = 0.0f;
-            ce[n] = 0.0f;
-            for (uint i = 0; i < 4; i++) {
-                saved[size_t(n) * 4 + i] = 0.0f;
-            }
-        }
-        return;
-    }
-"""
-
-MASKED_BACKWARD = """
-    const uint width = uint(sizes[2]);
-    const auto into = gradient + size_t(n) * width;
-    const float ct = row_weight * ct_kd[n];
-    const float b = label < vocab ? row_weight * ct_ce[n] : 0.0f;
-    if (row_weight == 0.0f || (ct == 0.0f && b == 0.0f)) {
-        for (uint v = tid; v < width; v += threads) {
-            into[v] = T(0.0f);
-        }
-        return;
-    }
-"""
-
 BACKWARD = """
     const float lse = saved[size_t(n) * 4];
     const float lse_kept = saved[size_t(n) * 4 + 1];
@@ -244,19 +205,24 @@ CELLS = """
         kept[i] = row_ids[i] < vocab ? p : 0.0f;
     }
 """
+
 DRAWS = """
     const uint head = uint(head_count[n]);
     const float log_tail = NEGATIVE_INFINITY;
     for (uint i = tid; i < k; i += threads) {
         const uint code = uint(codes[size_t(n) * k + i]);
-        const float w = COUNTS ? float(code) / float(k) : 54.59815f * prob_of(code);
+        const float w = COUNTS ? float(code) / float(k) : DRAWS_WEIGHT * prob_of(code);
         kept[i] = i < head && row_ids[i] < vocab ? w : 0.0f;
     }
 """
-CODES = """
-constant constexpr uint LARGEST = 0;
 
-inline float prob_of(uint code) {
-    return code == 255 ? 0.0f : metal::precise::exp(float(code) / -16.0f);
-}
+CODES = f"""
+constant constexpr uint LARGEST = {LARGEST};
+constant constexpr uint ZERO = {ZERO};
+constant constexpr float STEPS_PER_NAT = {float(STEPS_PER_NAT)}f;
+constant constexpr float DRAWS_WEIGHT = {DRAWS_WEIGHT!r}f;
+
+inline float prob_of(uint code) {{
+    return code == ZERO ? 0.0f : metal::precise::exp(float(code) / -STEPS_PER_NAT);
+}}
 """

@@ -23,14 +23,14 @@ class LossSource(NamedTuple):
     value: str
     """Sets `loss` and `total`, from `kept` and the normalisers."""
     gradient: str
-    """Sets `coefficient` and `normaliser`, and gives `put` what each entry adds."""
+    """Sets `coefficient` and `normaliser`, and puts what each entry adds into `added`."""
     replaces: bool = False
     """Whether an entry takes the place of its share of the softmax, which then is over all other ids."""
     ranks: bool = False
     """Whether it looks at pairs of entries."""
 
 
-# One after another, so that every thread of a group reaches the sums inside.
+# Opens two blocks, which whoever uses it closes: the entries that count, one after another.
 _EACH = """
         for (uint i = tid; i < k; i += threads) {
             const float p = kept[i];

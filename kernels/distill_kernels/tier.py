@@ -38,7 +38,7 @@ def on_tier(loss: RowLoss, tier: Tier | None = None) -> RowLoss:
 def kd_and_ce(
     loss: LogitsLoss, tier: Tier | None, logits: mx.array, *targets: mx.array, row_weights: mx.array | None
 ) -> tuple[mx.array, mx.array]:
-    """Return the loss's (kd, ce), each [N], on a tier: over its targets, and the weights of rows where there are any."""
+    """Return the loss's (kd, ce), each [N], on a tier, over its targets and, where there are any, weights of rows."""
     rows = targets if row_weights is None else (*targets, row_weights)
     kd, ce = on_tier(loss, tier)(logits, *rows)
     return kd, ce
