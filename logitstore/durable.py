@@ -2,9 +2,11 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from logitstore.errors import StoreWriteError
 
@@ -56,6 +58,41 @@ def alone_in(folder: Path) -> Iterator[bool]:
         yield locked
     finally:
         os.close(handle)
+
+
+@contextmanager
+def beginning(path: Path) -> Iterator[Path | None]:
+    """Yield a name beside `path` under which to make what is then given that name; None where there is one by now.
+
+    One process at a time is in this block. What killed ones left is removed, and so is what is left at its end.
+
+    Raises:
+        StoreWriteError: the place cannot be written.
+    """
+    beside = f".partial-{path.name}-"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(path.parent) as alone:
+            if alone:
+                for left in path.parent.iterdir():
+                    if left.name.startswith(beside):
+                        _remove(left)
+            partial = None if path.exists() else path.with_name(beside + uuid4().hex)
+            try:
+                yield partial
+            finally:
+                if partial is not None:
+                    with suppress(OSError):
+                        _remove(partial)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError) -> StoreWriteError:

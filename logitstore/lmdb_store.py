@@ -14,7 +14,6 @@ from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ import numpy.typing as npt
 from logitstore import streams
 from logitstore.chunks import pack, unpack
 from logitstore.codec import Codes
-from logitstore.durable import alone_in, cannot_write, sync
+from logitstore.durable import beginning, sync
 from logitstore.entries import root_attributes, root_of
 from logitstore.errors import CorruptStoreError, StoreNotFoundError
 from logitstore.index import block_ends, common_length, key_hash
@@ -85,24 +84,15 @@ class LmdbStore:
             StoreWriteError: the place cannot be written.
             StoreError: what another process has begun there cannot be opened.
         """
-        beside = f".partial-{path.name}-"
         entries = {
             ROOT: seal_group(root_attributes(manifest, vocabulary, {})),
             VOCABULARY + b"lengths": pack(planes(lengths(vocabulary.tokens), 4).reshape(4, -1), level=LEVEL),
             VOCABULARY + b"bytes": pack([text(vocabulary.tokens)], level=LEVEL),
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with alone_in(path.parent) as alone:
-                if alone:  # then what lies there is of a process that was killed
-                    for left in path.parent.iterdir():
-                        if left.name.startswith(beside):
-                            left.unlink()
-                if not path.exists():
-                    create_file(path.with_name(beside + uuid4().hex), path, entries)
-                    sync(path.parent)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        with beginning(path) as partial:
+            if partial is not None:
+                create_file(partial, path, entries)
+                sync(path.parent)
         return cls(path)
 
     @cached_property

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from logitstore.catalog import Catalog
 from logitstore.chunks import unpack
 from logitstore.codec import Codes, concatenated
-from logitstore.durable import alone_in, cannot_write, publish, sync
+from logitstore.durable import alone_in, beginning, cannot_write, publish, sync
 from logitstore.entries import damaged, read_root, root_attributes, shard_name
 from logitstore.errors import CorruptStoreError, StoreWriteError
 from logitstore.files import CannotList, Files, LocalFiles
@@ -66,23 +66,10 @@ class ZarrStore:
             StoreWriteError: the place cannot be written.
             StoreError: what another process has begun there cannot be opened.
         """
-        beside = f".partial-{path.name}-"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with alone_in(path.parent) as alone:
-                if alone:  # then what lies there is of a process that was killed
-                    for left in path.parent.iterdir():
-                        if left.name.startswith(beside):
-                            shutil.rmtree(left)
-                if not path.exists():
-                    partial = path.with_name(beside + uuid4().hex)
-                    try:
-                        _write_root(partial, manifest, vocabulary)
-                        publish(partial, path)
-                    finally:
-                        shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        with beginning(path) as partial:
+            if partial is not None:
+                _write_root(partial, manifest, vocabulary)
+                publish(partial, path)
         return cls(LocalFiles(path), path)
 
     @cached_property

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import distill_kernels  # noqa: F401  loads the BLAS before MLX
+import distill_kernels
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -38,7 +38,15 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     make_trainable(student, config)
     optimizer = make_optimizer("adam", {}, config.learning_rate, None)
     checkpoints = Checkpoints(config, student, optimizer, [], world.sequences())
-    run_steps(config, student.model, optimizer, world.sequences(), None, checkpoints, TrainReport())
+    run_steps(
+        config,
+        distill_kernels.split_head(student.model),
+        optimizer,
+        world.sequences(),
+        None,
+        checkpoints,
+        TrainReport(),
+    )
     line = save_student(student, config)
     student.model.eval()
     return student, line

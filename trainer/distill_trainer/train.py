@@ -96,10 +96,11 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
             cut_metrics(out, run.steps)
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
-            if reason := distill_kernels.split_head(student.model).reason:
-                say(f"every step holds whole logits, because the LM head cannot be taken apart: {reason}")
+            head = distill_kernels.split_head(student.model)
+            if head.reason:
+                say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
-                run_steps(config, student.model, optimizer, sequences, source, checkpoints, run)
+                run_steps(config, head, optimizer, sequences, source, checkpoints, run)
             except (KeyboardInterrupt, StoreError) as error:
                 if not run.steps:
                     raise
@@ -118,7 +119,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
 
 def run_steps(
     config: TrainConfig,
-    model: nn.Module,
+    head: distill_kernels.Head,
     optimizer: optim.Optimizer,
     sequences: list[TokenSequence],
     source: TargetSource | None,
@@ -126,7 +127,7 @@ def run_steps(
     report: TrainReport,
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
-    head = distill_kernels.split_head(model)
+    model = head.model
     losses = SparseKL() if source is None else loss_of(config.loss, source.recipe, source.temperature, "the teacher")
     on_miss = "hard-only" if source is None else source.on_miss
     answers = answered_batches(config, sequences, source, report.steps * config.grad_accumulation_steps)
