@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pytest
@@ -113,21 +114,22 @@ class Disk:
 
 @contextmanager
 def watched(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    """Lose power before and after every call that orders writes."""
-    disk = Disk(root)
+    """Lose power before and after every call that orders writes, one call at a time: zarr writes from several threads."""
+    disk, one_call = Disk(root), RLock()
 
     def around(name: str) -> Callable[..., object]:
         call = getattr(os, name)
 
         def watch(*args: Any, **kwargs: Any) -> object:
-            disk.look()
-            disk.lose_power()
-            result = call(*args, **kwargs)
-            disk.look()
-            if name == "fsync":
-                disk.flush(args[0])
-            disk.lose_power()
-            return result
+            with one_call:
+                disk.look()
+                disk.lose_power()
+                result = call(*args, **kwargs)
+                disk.look()
+                if name == "fsync":
+                    disk.flush(args[0])
+                disk.lose_power()
+                return result
 
         return watch
 
