@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from distill_trainer.config import TrainConfig, config_of, read_config
+from distill_trainer.config import TrainConfig
+from distill_trainer.config_file import config_of, read_config
 from logitstore.errors import ConfigError
 
 NEEDED = {"student": "s", "dataset": "d", "out": "o", "store": ["a.zarr"]}

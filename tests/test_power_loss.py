@@ -114,7 +114,7 @@ class Disk:
 
 @contextmanager
 def watched(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    """Lose power before and after every call that orders writes, one call at a time: zarr writes from several threads."""
+    """Lose power before and after every call that orders writes; one call at a time, as zarr writes from threads."""
     disk, one_call = Disk(root), RLock()
 
     def around(name: str) -> Callable[..., object]:

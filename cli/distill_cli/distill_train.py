@@ -76,7 +76,7 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
     with one_line_errors(
         "No student was saved; type the same command again, with --resume or a new --out where this one was kept."
     ):
-        from distill_trainer.config import config_of, read_config
+        from distill_trainer.config_file import config_of, read_config
 
         values = read_config(config_file) if config_file else {}
         for name, value in options.items():
