@@ -244,5 +244,31 @@ def stats(store: str, as_json: bool, html: Path | None, quiet: bool) -> None:
         click.echo(json.dumps(to_json(found), indent=1) if as_json else to_text(found))
 
 
+@main.command()
+@READ
+@click.option("--sort", help="By length, nll, entropy, correct or disagreement.  [default: the store's own order]")
+@click.option("--descending", is_flag=True, help="The largest first.")
+@click.option("--where", multiple=True, help="Only documents with e.g. 'nll>3', in quotes; several must all hold.")
+@click.option("--limit", type=int, help="How many to show.  [default: all]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, an object a line.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def query(store: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """List documents by what the teacher made of them.
+
+    Means over a document's positions: nll (-log of the label's probability) and entropy, in nats; correct, the share
+    of labels that are the teacher's likeliest token; disagreement, the share of the others.
+    """
+    with one_line_errors("Nothing was changed."):
+        from logitstore.query import HEADER
+        from logitstore.query import query as ask
+        from logitstore.store import open_store
+
+        found = ask(open_store(store), quiet=quiet or as_json, **options)
+        if not as_json:
+            click.echo(HEADER)
+        for each in found:
+            click.echo(json.dumps(each.to_json()) if as_json else each.to_text())
+
+
 for command in moving.COMMANDS:
     main.add_command(command)
