@@ -5,8 +5,9 @@ A dataset is a JSON Lines file, a Parquet file, mlx-lm's folder of ``train.jsonl
 and handed on as it is: nothing is tokenised, shuffled or repaired.
 """
 
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -35,20 +36,26 @@ class Document:
     where: str
 
 
-def read_documents(dataset: str, *, split: str = "train", limit: int | None = None) -> Iterator[Document]:
+def read_documents(
+    dataset: str, *, split: str = "train", limit: int | None = None, columns: Sequence[str] = ()
+) -> Iterator[Document]:
     """The rows of `dataset` in their order, each known to have one of the formats; the first `limit` of them if given.
 
     `dataset` is the path of a ``.jsonl`` (or ``.json``, one object per line) or ``.parquet`` file; a folder that holds
     ``{split}.jsonl`` or ``{split}.parquet``; else a name or folder for `datasets.load_dataset`. A file is its own
     "train" split and has no other. Blank lines are skipped, and counted in line numbers.
 
+    Args:
+        columns: fields that every row must have beside its format's; other fields may be left unread.
+
     Raises:
-        DatasetError: the dataset is missing, empty or cannot be loaded (at once), or a row is malformed (on its turn).
+        DatasetError: the dataset is missing, empty or cannot be loaded (at once), or a row is malformed or lacks one of
+            the columns (on its turn).
         ConfigError: `limit` is less than 1.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, expected at least 1; type --limit 100, or leave it out to read all")
-    documents = islice(_open(dataset, split), limit)
+    documents = islice(_open(dataset, split, columns), limit)
     first = next(documents, None)
     if first is None:
         raise DatasetError(f"dataset {dataset!r}, split {split!r}: no rows; expected at least one of {_EXPECTED}")
@@ -63,22 +70,22 @@ def format_of(row: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _open(dataset: str, split: str) -> Iterator[Document]:
+def _open(dataset: str, split: str, columns: Sequence[str]) -> Iterator[Document]:
     """Choose the reader: by suffix for a file, by content for a folder, Hugging Face for the rest."""
     path = Path(dataset).expanduser()
     if path.is_dir():
         if file := _split_file(path, split):
-            return _read_file(file)
+            return _read_file(file, columns)
         if train := _split_file(path, "train"):
             raise DatasetError(f"{path} holds {train.name} but neither {split}.jsonl nor {split}.parquet")
-        return _read_hugging_face(str(path), split)
+        return _read_hugging_face(str(path), split, columns)
     if path.is_file() or path.suffix in (".jsonl", ".json", ".parquet"):
         if split != "train":
             raise DatasetError(f"{path} is one file and has no split {split!r}; give a folder that holds {split}.jsonl")
-        return _read_file(path)
+        return _read_file(path, columns)
     if path.is_absolute() or dataset.startswith((".", "~")):
         raise DatasetError(f"{path} does not exist; expected a .jsonl or .parquet file, or a folder with train.jsonl")
-    return _read_hugging_face(dataset, split)
+    return _read_hugging_face(dataset, split, columns)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
@@ -86,23 +93,23 @@ def _split_file(folder: Path, split: str) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-def _read_file(path: Path) -> Iterator[Document]:
+def _read_file(path: Path, columns: Sequence[str]) -> Iterator[Document]:
     if not path.exists():
         raise DatasetError(f"{path} does not exist; expected a .jsonl or .parquet file, or a folder with train.jsonl")
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, columns)
     if path.suffix in (".jsonl", ".json"):
-        return _read_json_lines(path)
+        return _read_json_lines(path, columns)
     raise DatasetError(f"{path}: found a file of type {path.suffix or 'unknown'!r}, expected .jsonl, .json or .parquet")
 
 
-def _read_json_lines(path: Path) -> Iterator[Document]:
+def _read_json_lines(path: Path, columns: Sequence[str]) -> Iterator[Document]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path.name}:{number}"
-                    yield _checked(_parse(line, where), where)
+                    yield _checked(_parse(line, where), where, columns)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read: {first_line(error)}") from error
 
@@ -123,24 +130,24 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _needed(file.schema_arrow.names)
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+            needed = _needed(file.schema_arrow.names, columns)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=needed):
                 for row in batch.to_pylist():
                     where = f"{path.name} row {number}"
-                    yield _checked(row, where)
+                    yield _checked(row, where, columns)
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"{path} is not a whole Parquet file (at row {number}): {first_line(error)}") from error
 
 
-def _read_hugging_face(dataset: str, split: str) -> Iterator[Document]:
+def _read_hugging_face(dataset: str, split: str, columns: Sequence[str]) -> Iterator[Document]:
     import datasets
 
     try:
@@ -150,18 +157,18 @@ def _read_hugging_face(dataset: str, split: str) -> Iterator[Document]:
             f"dataset {dataset!r}, split {split!r}, is no file here and Hugging Face datasets cannot load it: "
             f"{first_line(error.__cause__ or error)}"
         ) from error
-    rows = rows.select_columns(_needed(rows.column_names))
-    return (_checked(row, f"{dataset}[{split}] row {number}") for number, row in enumerate(rows))
+    rows = rows.select_columns(_needed(rows.column_names, columns))
+    return (_checked(row, f"{dataset}[{split}] row {number}", columns) for number, row in enumerate(rows))
 
 
-def _needed(columns: Iterable[str]) -> list[str]:
-    """The columns worth reading: those of the formats, or all if no format is whole, for the error to name them."""
-    names = list(columns)
-    known = {"tools", *chain.from_iterable(FORMATS.values())}
-    return [name for name in names if name in known] if format_of(dict.fromkeys(names, True)) else names
+def _needed(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """The fields worth reading: the formats' and the columns; all if something lacks, for the error to name them."""
+    known = {"tools", *chain.from_iterable(FORMATS.values()), *columns}
+    whole = format_of(dict.fromkeys(names, True)) and set(columns) <= set(names)
+    return [name for name in names if name in known] if whole else list(names)
 
 
-def _checked(row: Mapping[str, Any], where: str) -> Document:
+def _checked(row: Mapping[str, Any], where: str, columns: Iterable[str]) -> Document:
     """The row as a document, or a DatasetError that names the place, what was found and what was expected."""
     name = format_of(row)
     if name is None:
@@ -175,6 +182,11 @@ def _checked(row: Mapping[str, Any], where: str) -> Document:
                 raise DatasetError(f"{where}: {field} is {_kind(row[field])}, expected a string")
     if not (row.get("tools") is None or _is_list_of_objects(row["tools"])):
         raise DatasetError(f"{where}: tools is {_kind(row['tools'])}, expected a list of objects")
+    for column in columns:
+        if column not in row:
+            near = difflib.get_close_matches(column, row, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(row)}"
+            raise DatasetError(f"{where}: has no column {column!r}, which this command reads; {hint}")
     return Document(row, where)
 
 

@@ -6,7 +6,7 @@ packed or shuffled here.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ class TokenSequence:
     trained: bool [L-1]; trained[t] says whether position t, which predicts token t+1, is trained.
     where: the place of the document, as in `Document`.
     truncated: tokens cut from the end, 0 if none.
+    columns: values of the dataset's further columns that were asked for, by name, as the row has them.
     """
 
     token_ids: npt.NDArray[np.int32]
     trained: npt.NDArray[np.bool_]
     where: str
     truncated: int
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,7 +65,13 @@ class TokenizeReport:
 
 
 def read_sequences(
-    rows: Iterable[Document], tokenizer: Any, max_length: int, report: TokenizeReport, *, quiet: bool = False
+    rows: Iterable[Document],
+    tokenizer: Any,
+    max_length: int,
+    report: TokenizeReport,
+    *,
+    quiet: bool = False,
+    columns: Sequence[str] = (),
 ) -> list[TokenSequence]:
     """Tokenise a whole dataset, with a progress bar where that takes over a second: `tokenize`, as a list.
 
@@ -72,7 +80,7 @@ def read_sequences(
         ConfigError, ModelError: as `tokenize`.
     """
     bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=quiet)
-    sequences = list(tokenize(bar, tokenizer, max_length, report))
+    sequences = list(tokenize(bar, tokenizer, max_length, report, columns))
     if not sequences:
         raise DatasetError(
             f"the dataset has {report.documents:,} documents, but none with two tokens and a trained position; "
@@ -82,7 +90,11 @@ def read_sequences(
 
 
 def tokenize(
-    documents: Iterable[Document], tokenizer: Any, max_length: int, report: TokenizeReport | None = None
+    documents: Iterable[Document],
+    tokenizer: Any,
+    max_length: int,
+    report: TokenizeReport | None = None,
+    columns: Sequence[str] = (),
 ) -> Iterator[TokenSequence]:
     """One sequence per document, of its first `max_length` tokens; `report` is kept up to date along the way.
 
@@ -92,7 +104,8 @@ def tokenize(
     messages: as the chat template renders them; trained where an assistant turn, or what closes it, is predicted.
 
     A document with fewer than two tokens, or with no trained position among those kept, is skipped and counted.
-    `tokenizer` is a fast Hugging Face tokenizer, bare or in mlx-lm's wrapper.
+    `tokenizer` is a fast Hugging Face tokenizer, bare or in mlx-lm's wrapper. `columns` are kept as they are; the rows
+    have them where `read_documents` was asked for them.
 
     Raises:
         ConfigError: `max_length` is less than 2.
@@ -118,7 +131,8 @@ def tokenize(
         report.trained_positions += int(trained.sum())
         report.truncated_documents += truncated > 0
         report.truncated_tokens += truncated
-        yield TokenSequence(token_ids, trained, document.where, truncated)
+        kept = {name: document.row[name] for name in columns}
+        yield TokenSequence(token_ids, trained, document.where, truncated, kept)
 
 
 def require_ids_below(vocab_size: int, sequences: Iterable[TokenSequence], model: str) -> None:

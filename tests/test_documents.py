@@ -6,6 +6,8 @@ import pytest
 
 from logitstore.documents import Document, format_of, read_documents
 from logitstore.errors import ConfigError, DatasetError
+from logitstore.sequences import tokenize
+from tests.tiny import tiny_tokenizer
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
 
@@ -205,3 +207,21 @@ def test_what_hugging_face_cannot_load_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match=f"split '{split}', is no file here and Hugging Face") as error:
             read_documents(dataset, split=split)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_columns_that_are_asked_for_are_read_and_carried_by_the_sequences(tmp_path: Path, kind: str) -> None:
+    rows = [{"text": "One and two.", "right": i % 2 == 0, "domain": "ab"[i % 2], "extra": i} for i in range(3)]
+    path = tmp_path / f"a.{kind}"
+    file = write_parquet(path, rows) if kind == "parquet" else write_lines(path, rows)
+    names = ("right", "domain")
+    documents = list(read_documents(file, columns=names))
+    assert [d.row["right"] for d in documents] == [True, False, True]
+    assert kind == "jsonl" or "extra" not in documents[0].row
+    found = list(tokenize(documents, tiny_tokenizer(), 64, columns=names))
+    assert [s.columns for s in found] == [{name: row[name] for name in names} for row in rows]
+    assert all(s.columns == {} for s in tokenize(documents, tiny_tokenizer(), 64))
+    with pytest.raises(DatasetError, match=r"a\.\w+(:1| row 0): has no column 'rihgt', .* did you mean 'right'\?"):
+        list(read_documents(file, columns=["rihgt"]))
+    with pytest.raises(DatasetError, match=r"has no column 'xyz', .*; it has text, right, domain, extra"):
+        list(read_documents(file, columns=["xyz"]))
