@@ -20,6 +20,15 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--teacher-adapter-path", help="A LoRA adapter of the teacher.")
 @click.option("--split", default="train", show_default=True, help="Which split of a data folder or hub dataset.")
 @click.option(
+    "--filter",
+    multiple=True,
+    help="Only documents with e.g. 'nll<2.5', in quotes, or teacher-correct[:SHARE]: SHARE (0.5) of their labels are "
+    "the teacher's likeliest token. Measures as `logitstore query` has them; several must all hold.",
+)
+@click.option("--sample", help="Draw documents in proportion to a measure, with replacement: disagreement, nll, ...")
+@click.option("--curriculum", help="The first epoch goes from low to high values of a measure: entropy, nll, ...")
+@click.option("--mix", help="COLUMN:VALUE=SHARE,VALUE=SHARE: how much of an epoch each value of a column gives.")
+@click.option(
     "--on-miss",
     type=click.Choice(["online", "hard-only", "skip", "error"]),
     help="What to do at a position that no store answers.  [default: online with a teacher, else error]",

@@ -6,7 +6,7 @@ Padding, prompts and skipped positions have no row, so they cost no logits and t
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import NamedTuple
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_trainer.config import OnMiss
+from distill_trainer.draw import Draw
 from logitstore.sequences import TokenSequence
 from logitstore.targets import SparseTargets
 
@@ -54,18 +55,26 @@ class Weighing:
     on_miss: OnMiss
 
 
-def epochs(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[tuple[int, list[int]]]:
-    """Endless batches, as (epoch, document numbers): each epoch a new order, near lengths together, none dropped."""
+def epochs(
+    lengths: Sequence[int], batch_size: int, seed: int, draw: Draw | None = None
+) -> Iterator[tuple[int, list[int]]]:
+    """Endless batches, as (epoch, document numbers): each epoch a new order, near lengths together, none dropped.
+
+    Args:
+        draw: which documents an epoch takes; by default each once. Where it gives them by rank, the buckets stay in
+            that order, and the batches of each are shuffled.
+    """
     rng = np.random.default_rng(seed)
     for epoch in count():
-        order = rng.permutation(len(lengths))
+        order, ranked = (rng.permutation(len(lengths)), False) if draw is None else draw.epoch(rng, epoch)
         bucket = batch_size * BUCKET_BATCHES
-        batches: list[list[int]] = []
+        buckets: list[list[list[int]]] = []
         for at in range(0, len(order), bucket):
             near = sorted(order[at : at + bucket].tolist(), key=lambda i: lengths[i])
-            batches += (near[i : i + batch_size] for i in range(0, len(near), batch_size))
-        for i in rng.permutation(len(batches)):
-            yield epoch, batches[i]
+            buckets.append([near[i : i + batch_size] for i in range(0, len(near), batch_size)])
+        for batches in buckets if ranked else [list(chain.from_iterable(buckets))]:
+            for i in rng.permutation(len(batches)):
+                yield epoch, batches[i]
 
 
 def collate(

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from distill_trainer.losses import Term
+from distill_trainer.mix import Mix
 from distill_trainer.optimizer import OptimizerName, make_optimizer
 from distill_trainer.schedule import Schedule
+from logitstore.condition import Condition
 from logitstore.errors import ConfigError
+from logitstore.measures import require_name
 from logitstore.selection import Selection
 
 OnMiss = Literal["online", "hard-only", "skip", "error"]
@@ -28,6 +31,14 @@ class TrainConfig:
     teacher_adapter_path: str | None = None
     """A LoRA adapter of the teacher; what this run makes lies in `out`."""
     split: str = "train"
+    filter: tuple[str, ...] = ()
+    """Conditions on a document's measures that must all hold, as `nll<2.5` or `teacher-correct:0.8`."""
+    sample: str | None = None
+    """A measure: an epoch draws documents in proportion to it, with replacement."""
+    curriculum: str | None = None
+    """A measure: the first epoch goes from its low values to its high ones."""
+    mix: str | None = None
+    """COLUMN:VALUE=SHARE,...: how much of an epoch each value of the dataset's column gives."""
     on_miss: OnMiss | None = None
     """What to do at a position that no store answers. None: online with a teacher, else error."""
     write_back: bool = False
@@ -85,6 +96,18 @@ class TrainConfig:
                 "in quotes (or linear, wsd, wsd:0.2); type --alpha 0.9"
             ) from None
         _require(all(0 <= end <= 1 for end in ends), f"alpha is {self.alpha}, expected 0 to 1; type --alpha 0.9")
+        for text in self.filter:
+            Condition.parse(text, "--filter")
+        for flag, name in (("--sample", self.sample), ("--curriculum", self.curriculum)):
+            if name is not None:
+                require_name(name, f"{flag} {name}")
+        if self.mix is not None:
+            Mix.parse(self.mix)
+        _require(
+            set(self.measures) <= {"length"} or (bool(self.store) and not self.write_back),
+            f"{', '.join(self.measures)} of a document is what a store knows before the run; "
+            "type --store STORE, and not --write-back",
+        )
         _require(
             self.temperature is None or 0 < self.temperature < math.inf,
             f"temperature is {self.temperature}, expected a number above 0; type --temperature 1",
@@ -174,6 +197,22 @@ class TrainConfig:
     def alpha_schedule(self) -> Schedule:
         """`alpha`, read."""
         return Schedule.parse(self.alpha)
+
+    @property
+    def measures(self) -> list[str]:
+        """The measures of documents that the run chooses by."""
+        named = [self.sample, self.curriculum]
+        return [Condition.parse(text, "--filter").name for text in self.filter] + [name for name in named if name]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether an epoch is anything else than each document once, in any order."""
+        return bool(self.filter or self.sample or self.curriculum or self.mix)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the dataset that are read beside those of its format."""
+        return [] if self.mix is None else [Mix.parse(self.mix).column]
 
     @property
     def distils(self) -> bool:

@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.checkpoint import Checkpoints, cut_metrics
+from distill_trainer.choosing import choose
 from distill_trainer.config import TrainConfig
+from distill_trainer.draw import Draw
 from distill_trainer.gradients import clipped, mean_gradient
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.losses import Loss, loss_of
@@ -64,11 +66,14 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     """
     (require_run if config.resume else require_new)(Path(config.out))
     stores = open_stores(config)
-    rows = read_documents(config.dataset, split=config.split)
+    rows = read_documents(config.dataset, split=config.split, columns=config.columns)
     student = load_student(config)
     report = TokenizeReport()
-    sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
+    sequences = read_sequences(
+        rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet, columns=config.columns
+    )
     say(report.describe("--max-seq-length"))
+    sequences, draw = choose(config, stores, sequences, say)
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, sequences, f"student {student.name}")
 
@@ -100,7 +105,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if head.reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
-                run_steps(config, head, optimizer, sequences, source, checkpoints, run)
+                run_steps(config, head, optimizer, sequences, draw, source, checkpoints, run)
             except (KeyboardInterrupt, StoreError) as error:
                 if not run.steps:
                     raise
@@ -122,6 +127,7 @@ def run_steps(
     head: distill_kernels.Head,
     optimizer: optim.Optimizer,
     sequences: list[TokenSequence],
+    draw: Draw | None,
     source: TargetSource | None,
     checkpoints: Checkpoints,
     report: TrainReport,
@@ -130,7 +136,7 @@ def run_steps(
     model = head.model
     losses = SparseKL() if source is None else loss_of(config.loss, source.recipe, source.temperature, "the teacher")
     on_miss = "hard-only" if source is None else source.on_miss
-    answers = answered_batches(config, sequences, source, report.steps * config.grad_accumulation_steps)
+    answers = answered_batches(config, sequences, draw, source, report.steps * config.grad_accumulation_steps)
     if on_miss != "online":  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
     step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
@@ -184,14 +190,18 @@ def run_steps(
 
 
 def answered_batches(
-    config: TrainConfig, sequences: list[TokenSequence], source: TargetSource | None, skip: int = 0
+    config: TrainConfig,
+    sequences: list[TokenSequence],
+    draw: Draw | None,
+    source: TargetSource | None,
+    skip: int = 0,
 ) -> Generator[tuple[list[TokenSequence], list[SparseTargets | None], Count]]:
     """Endless batches of documents and their targets; each epoch reads the next of several stored draws.
 
     Args:
         skip: batches that have been taken already.
     """
-    order = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed)
+    order = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed, draw)
     for epoch, numbers in islice(order, skip, None):
         chosen = [sequences[i] for i in numbers]
         yield chosen, *(source.answer(chosen, epoch) if source else ([None] * len(chosen), Count()))
