@@ -55,11 +55,10 @@ class Catalog:
         """
         index = self.index or read_index(self._files, self._path)
         there = self._listed(index)
-        if index is not None and not set(index.shards) <= set(there):
+        if index is not None and not index.known <= there:
             index = None  # a shard was taken away: what the index says of the others may be read from them
         indexed = index.shards if index else []
-        known = set(indexed)
-        fresh = [name for name in there if name not in known]
+        fresh = sorted(there - index.known if index else there)
         if self._starts and index is self.index and indexed + fresh == self.names:
             return
         self.index = index
@@ -71,7 +70,7 @@ class Catalog:
         )
         self._starts = [0, *np.cumsum(self._counts[:, 0]).tolist()]
         first = self._starts[len(indexed)]
-        self._tables = [*([index.keys] if index else []), _keys_of(shards, first)]
+        self._fresh_keys = _keys_of(shards, first)
         self._fresh_blocks: Table | None = None
         self._twice = sorted([*(index.duplicates if index else []), *self._held_twice(first)])
 
@@ -146,16 +145,16 @@ class Catalog:
                 return best
         return None
 
-    def _listed(self, index: StoredIndex | None) -> list[str]:
+    def _listed(self, index: StoredIndex | None) -> set[str]:
         try:
-            return self._files.folders("shards")
+            return self._files.folders("shards", index.known if index else frozenset())
         except CannotList as error:
             if index is None:
                 raise StoreFormatError(
                     f"{self._path} has no index, without which a plain web server does not tell what is there; type "
                     "its `logitstore build` command again where it was built, and copy what that adds"
                 ) from error
-            return index.shards
+            return set(index.known)
         except OSError as error:
             raise damaged(f"{self._path}/shards", f"cannot be read ({error})") from error
 
@@ -170,7 +169,7 @@ class Catalog:
 
     def number_of(self, key: bytes) -> int | None:
         """The number of the document with this key."""
-        for number in find(self._tables, key_hash(key)):
+        for number in find(self._key_tables(), key_hash(key)):
             shard, document = self.place(number)
             if shard.keys[document].tobytes() == key:
                 return number
@@ -190,6 +189,10 @@ class Catalog:
             number += 1
         return number
 
+    def _key_tables(self) -> list[Table]:
+        """Hashes of whole documents."""
+        return [*([self.index.keys] if self.index else []), self._fresh_keys]
+
     def block_tables(self) -> list[Table]:
         """Hashes of how documents begin."""
         if self._fresh_blocks is None:
@@ -200,9 +203,9 @@ class Catalog:
 
     def _held_twice(self, first: int) -> list[int]:
         """Documents from number `first` on that are held by an earlier shard, or earlier in their own, too."""
-        fresh = self._tables[-1]
+        fresh = self._fresh_keys
         suspects = _same_hash([fresh])
-        for earlier in self._tables[:-1]:
+        for earlier in self._key_tables()[:-1] if len(fresh.hashes) else ():
             at = np.searchsorted(earlier.hashes, fresh.hashes)
             inside = at < len(earlier.hashes)
             same = earlier.hashes[at[inside]] == fresh.hashes[inside]

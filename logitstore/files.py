@@ -9,6 +9,7 @@ import struct
 import threading
 import zipfile
 from collections import OrderedDict
+from collections.abc import Set
 from pathlib import Path
 from typing import Protocol
 
@@ -48,8 +49,11 @@ class Files(Protocol):
         """
         ...
 
-    def folders(self, folder: str) -> list[str]:
-        """Names of the folders in a folder, sorted; none that is being written (dot names).
+    def folders(self, folder: str, known: Set[str] = frozenset()) -> set[str]:
+        """Names of the folders in a folder; none that is being written (dot names).
+
+        Args:
+            known: names of folders that need not be looked at, if they are there.
 
         Raises:
             CannotList: it cannot be told.
@@ -98,13 +102,14 @@ class LocalFiles:
             found.extend((below / name).as_posix() for name in files if not name.startswith("."))
         return sorted(found)
 
-    def folders(self, folder: str) -> list[str]:
+    def folders(self, folder: str, known: Set[str] = frozenset()) -> set[str]:
         """See `Files`."""
+        place = self.root / folder
         try:
-            with os.scandir(self.root / folder) as found:
-                return sorted(item.name for item in found if not item.name.startswith(".") and item.is_dir())
+            there = set(os.listdir(place))  # noqa: PTH208  thousands of names, of which all but a few are known
         except FileNotFoundError:
-            return []
+            return set()
+        return there - {n for n in there - known if n.startswith(".") or not (place / n).is_dir()}
 
     def close(self) -> None:
         """Close what is open; a later read opens it again."""
@@ -168,9 +173,10 @@ class ZipFiles:
         below = (name.removeprefix(prefix) for name in self._members if name.startswith(prefix))
         return sorted(name for name in below if not any(part.startswith(".") for part in name.split("/")))
 
-    def folders(self, folder: str) -> list[str]:
+    def folders(self, folder: str, known: Set[str] = frozenset()) -> set[str]:
         """See `Files`."""
-        return sorted({name.split("/")[0] for name in self.names(folder) if "/" in name})
+        del known
+        return {name.split("/")[0] for name in self.names(folder) if "/" in name}
 
     def _member(self, name: str) -> zipfile.ZipInfo:
         if name not in self._members:

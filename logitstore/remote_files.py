@@ -6,6 +6,7 @@ used, so a part of a file is never enough. For training over a network see the o
 
 import threading
 from collections import OrderedDict
+from collections.abc import Set
 from datetime import timedelta
 from typing import Any
 
@@ -77,12 +78,13 @@ class RemoteFiles:
         below = (path.removeprefix(prefix) for path in found)
         return sorted(name for name in below if not any(part.startswith(".") for part in name.split("/")))
 
-    def folders(self, folder: str) -> list[str]:
+    def folders(self, folder: str, known: Set[str] = frozenset()) -> set[str]:
         """See `files.Files`."""
+        del known
         self._require_listing(folder)
         found = self._ask(lambda: self._obstore.list_with_delimiter(self._store, folder)["common_prefixes"], folder)
         names = (path.rstrip("/").split("/")[-1] for path in found)
-        return sorted(name for name in names if not name.startswith("."))
+        return {name for name in names if not name.startswith(".")}
 
     def _require_listing(self, folder: str) -> None:
         if not self._lists:

@@ -1,7 +1,7 @@
 """The index of a store as it lies on disk: what `index` holds in memory, for all shards together.
 
 It is derived from the shards and replaced as a whole; a store without one is read all the same, shard by shard. Opening
-reads its checksums and maps its columns, so that ten million documents are there at once.
+maps its columns, and whoever first asks for one holds it against its checksum: ten million documents are there at once.
 """
 
 import mmap
@@ -54,17 +54,29 @@ class StoredIndex:
             counts = unpack(files.read(f"{FOLDER}/counts/c/0/0"), shards * 16) if shards else b""
         except (OSError, ValueError) as error:
             raise self.damaged("shards", f"cannot be read ({error})") from error
-        text = bytes(names).hex()
-        self.shards = [text[at : at + 2 * NAME_BYTES] for at in range(0, len(text), 2 * NAME_BYTES)]
+        self.shards = bytes(names).hex(" ", NAME_BYTES).split()
         self.counts = np.frombuffer(counts, "<u8").reshape(-1, 2).astype(np.int64)
         """[S, 2]; documents and positions of each shard."""
         self._mapped = {name: self._map(name) for name in COLUMNS}  # now: another writer may replace the folder later
-        self.keys = self._table("keys")
         documents = int(self.counts[:, 0].sum())
-        if (self.counts < 1).any() or len(self.keys.hashes) != documents:
+        if (self.counts < 1).any() or len(self._mapped["keys"]) != (8 * documents + CRC.size if documents else 0):
             raise self.damaged("counts", "they are not those of its keys")
         if not (isinstance(self.duplicates, list) and all(n in range(documents) for n in self.duplicates)):
             raise self.damaged(GROUP, "says what no logitstore writes")
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The names of its shards."""
+        return frozenset(self.shards)
+
+    @cached_property
+    def keys(self) -> Table:
+        """Hashes of whole documents.
+
+        Raises:
+            CorruptStoreError: its bytes are not those that were written.
+        """
+        return self._table("keys")
 
     @cached_property
     def blocks(self) -> Table:
@@ -124,7 +136,9 @@ def read_index(files: Files, where: object) -> StoredIndex | None:
     while True:
         try:
             begun = read_group(files, FOLDER)
-            return StoredIndex(files, where)
+            index = StoredIndex(files, where)
+            if read_group(files, FOLDER) == begun:  # then its columns, which nobody has read yet, are its own too
+                return index
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -8,7 +8,7 @@ may come out of it.
 import json
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -74,8 +74,9 @@ class MemoryFiles:
         prefix = f"{folder}/" if folder else ""
         return sorted(name.removeprefix(prefix) for name in self.files if name.startswith(prefix))
 
-    def folders(self, folder: str) -> list[str]:
-        return sorted({name.split("/")[0] for name in self.names(folder) if "/" in name})
+    def folders(self, folder: str, known: Set[str] = frozenset()) -> set[str]:
+        del known
+        return {name.split("/")[0] for name in self.names(folder) if "/" in name}
 
     def _file(self, name: str) -> bytes:
         if name not in self.files:

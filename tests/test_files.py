@@ -62,7 +62,8 @@ def test_a_folder_gives_parts_of_files_and_no_hidden_ones(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"0123456789")
     files = LocalFiles(tmp_path)
     assert files.names() == ["a", "shards/b/c"] and files.names("shards") == ["b/c"]
-    assert files.folders("shards") == ["b"] and files.folders("none") == []
+    assert files.folders("shards") == {"b"} and files.folders("none") == set()
+    assert files.folders("", {"a", "c"}) == {"a", "shards"}  # what is known is not looked at, and is there or not
     for name in files.names():
         assert (files.read(name), files.read(name, 3), files.read(name, 3, 5)) == (b"0123456789", b"3456789", b"34")
         assert (files.read(name, 8, 99), files.read(name, 12), files.read(name, 5, 2)) == (b"89", b"", b"")
@@ -347,7 +348,7 @@ def test_an_object_store_is_listed_and_reads_equal(store: ZarrStore) -> None:
     assert isinstance(files._store, MemoryStore)
     local = LocalFiles(store.folder)
     assert files.names() == local.names() and files.names("shards") == local.names("shards")
-    assert files.folders("shards") == local.folders("shards") and files.folders("none") == []
+    assert files.folders("shards") == local.folders("shards") and files.folders("none") == set()
     assert files.read("zarr.json", 3, 9) == local.read("zarr.json", 3, 9)
     assert_reads_equal(ZarrStore(files, "memory:///"), store)
 
