@@ -25,6 +25,7 @@ class TokenSequence:
     trained: bool [L-1]; trained[t] says whether position t, which predicts token t+1, is trained.
     where: the place of the document, as in `Document`.
     truncated: tokens cut from the end, 0 if none.
+    weights: float32 [L-1], above 0 where trained; how much each position's loss counts. None: all alike.
     columns: values of the dataset's further columns that were asked for, by name, as the row has them.
     """
 
@@ -33,6 +34,7 @@ class TokenSequence:
     where: str
     truncated: int
     columns: Mapping[str, Any] = field(default_factory=dict)
+    weights: npt.NDArray[np.float32] | None = None
 
 
 @dataclass

@@ -51,6 +51,16 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     help="Weight of distillation; cross-entropy weighs 1 - alpha. '0.9->0.3:linear' or '0.9->0.3:cosine', in quotes, "
     "changes it over the run, '0.9->0.3:wsd' over its last fifth, wsd:0.5 over its last half.",
 )
+@click.option("--think-weight", type=float, help="What the loss weighs at thoughts; 0 leaves them out.")
+@click.option("--think-start", default="<think>", show_default=True, help="The text before a thought.")
+@click.option("--think-end", default="</think>", show_default=True, help="The text after it.")
+@click.option(
+    "--entropy-weight",
+    default=0.0,
+    show_default=True,
+    help="A position weighs 1 + W times its teacher's entropy in nats.",
+)
+@click.option("--outcome-column", help="A column of the dataset that each document's loss is multiplied by.")
 @click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
 @click.option("--temperature", type=float, help="Softmax temperature.  [default: the store's, else 1]")
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)

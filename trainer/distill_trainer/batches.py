@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from distill_trainer.config import OnMiss
 from distill_trainer.draw import Draw
+from distill_trainer.weights import entropy_factors
 from logitstore.sequences import TokenSequence
 from logitstore.targets import SparseTargets
 
@@ -45,6 +46,19 @@ class Batch(NamedTuple):
     """float32 [N]; weight of the distillation term."""
     ce_weight: mx.array
     """float32 [N]; weight of the cross-entropy."""
+    row_weights: mx.array | None = None
+    """float32 [N]; what kd_weight and ce_weight were multiplied by, above 0. None: 1 everywhere."""
+
+    @property
+    def weight(self) -> mx.array | int:
+        """What the batch weighs in a mean over several: the sum of its rows' weights."""
+        return len(self.rows) if self.row_weights is None else self.row_weights.sum()
+
+    @property
+    def answered_weight(self) -> mx.array:
+        """The same of its rows with targets."""
+        answered = self.kd_weight > 0
+        return answered.sum() if self.row_weights is None else mx.where(answered, self.row_weights, 0).sum()
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,8 @@ class Weighing:
 
     alpha: float
     on_miss: OnMiss
+    entropy_weight: float = 0.0
+    """See `weights.entropy_factors`."""
 
 
 def epochs(
@@ -85,6 +101,7 @@ def collate(
     k = max((t.ids.shape[1] for t in targets if t is not None), default=1)
     tokens = np.zeros((len(sequences), t_max), np.int32)
     parts: list[tuple[npt.NDArray[np.generic], ...]] = []
+    weighs = weighing.entropy_weight > 0 or any(s.weights is not None for s in sequences)
     for b, (sequence, target) in enumerate(zip(sequences, targets, strict=True)):
         positions = np.flatnonzero(sequence.trained)
         tokens[b, : len(sequence.trained)] = sequence.token_ids[:-1]
@@ -106,7 +123,14 @@ def collate(
                 log_probs[answered] = target.log_probs[at]
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
         labels = sequence.token_ids[positions + 1]
-        parts.append((b * t_max + positions, labels, ids, weights, log_probs, tail, alpha, 1 - alpha))
+        row = b * t_max + positions, labels, ids, weights, log_probs, tail, alpha, 1 - alpha
+        if not weighs:
+            parts.append(row)
+            continue
+        w = np.ones(n, np.float32) if sequence.weights is None else sequence.weights[positions]
+        if weighing.entropy_weight:
+            w = w * entropy_factors(target, positions, weighing.entropy_weight)
+        parts.append((*row[:-2], alpha * w, (1 - alpha) * w, w))
     if not parts:
         return None
     rows, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))

@@ -42,6 +42,14 @@ class TrainConfig:
     on_miss: OnMiss | None = None
     """What to do at a position that no store answers. None: online with a teacher, else error."""
     write_back: bool = False
+    think_weight: float | None = None
+    """What the loss weighs at thoughts, between `think_start` and `think_end`; 0 leaves them out. It is 1 elsewhere."""
+    think_start: str = "<think>"
+    think_end: str = "</think>"
+    entropy_weight: float = 0.0
+    """A position weighs 1 + this · the entropy of its teacher's distribution in nats."""
+    outcome_column: str | None = None
+    """A column of the dataset: how much each document weighs, true and false being 1 and 0."""
     loss: tuple[str, ...] = ("kl",)
     """Distillation losses, NAME[:NUMBER][=WEIGHT] each; their weighted sum is trained."""
     alpha: float | str = 0.9
@@ -111,6 +119,25 @@ class TrainConfig:
         _require(
             self.temperature is None or 0 < self.temperature < math.inf,
             f"temperature is {self.temperature}, expected a number above 0; type --temperature 1",
+        )
+        _require(
+            self.think_weight is None or 0 <= self.think_weight < math.inf,
+            f"think_weight is {self.think_weight}, expected a number of at least 0; type --think-weight 2",
+        )
+        _require(
+            self.think_weight is not None or (self.think_start, self.think_end) == ("<think>", "</think>"),
+            "--think-start and --think-end say where thoughts are, and nothing weighs them; type --think-weight 2 too",
+        )
+        for flag, mark in (("--think-start", self.think_start), ("--think-end", self.think_end)):
+            _require(bool(mark), f"{flag} is empty; type {flag} with the text that the dataset has there")
+        _require(
+            0 <= self.entropy_weight < math.inf,
+            f"entropy_weight is {self.entropy_weight}, expected a number of at least 0; type --entropy-weight 1",
+        )
+        _require(
+            not self.entropy_weight or self.distils,
+            "--entropy-weight weighs by the teacher's entropy, and no teacher is read with --alpha 0; "
+            "type --alpha 0.9, or leave --entropy-weight out",
         )
         _require(self.iters >= 0, f"iters is {self.iters}, expected at least 0; type --iters 1000")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1; type --batch-size 4")
@@ -212,7 +239,8 @@ class TrainConfig:
     @property
     def columns(self) -> list[str]:
         """Columns of the dataset that are read beside those of its format."""
-        return [] if self.mix is None else [Mix.parse(self.mix).column]
+        named = None if self.mix is None else Mix.parse(self.mix).column, self.outcome_column
+        return list(dict.fromkeys(name for name in named if name))
 
     @property
     def distils(self) -> bool:

@@ -14,28 +14,33 @@ from distill_trainer.batches import Batch
 from logitstore.errors import ModelError
 
 Means = tuple[mx.array, mx.array, mx.array]
-"""Total loss and cross-entropy, means over trained positions, around the KL, a mean over those with targets."""
+"""Total loss and cross-entropy, weighted means over trained positions, around the KL, one over those with targets."""
 
 
 def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[Batch]) -> tuple[Means, Any]:
     """Losses and gradient of some batches as of one that holds all of their documents.
 
-    sum_i (n_i / n) g_i, with n_i trained positions in batch i. One batch's graph exists at a time.
+    sum_i (n_i / n) g_i, with n_i trained positions in batch i, or the sum of their weights. One batch's graph exists at
+    a time.
     """
     if len(batches) == 1:
         return step(batches[0])
-    rows = [len(batch.rows) for batch in batches]
-    answered = [cast(int, (batch.kd_weight > 0).sum().item()) for batch in batches]
+    rows = [_number(batch.weight) for batch in batches]
+    answered = [_number(batch.answered_weight) for batch in batches]
     sums, gradients = [mx.array(0.0)] * 3, None
     for batch, n, with_targets in zip(batches, rows, answered, strict=True):
         share = n / sum(rows)
         means, gradient = step(batch)
-        shares = share, with_targets / max(sum(answered), 1), share
+        shares = share, with_targets / (sum(answered) or 1), share
         sums = [total + part * mean for total, part, mean in zip(sums, shares, means, strict=True)]
         scaled = tree_map(lambda g, share=share: share * g, gradient)
         gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
         mx.eval(gradients, sums)
     return cast(Means, tuple(sums)), gradients
+
+
+def _number(value: mx.array | int) -> float:
+    return value if isinstance(value, int) else cast(float, value.item())
 
 
 def clipped(gradients: Any, max_norm: float | None) -> tuple[Any, mx.array | None]:

@@ -34,6 +34,12 @@ def open_stores(config: TrainConfig) -> list[Store]:
     if config.write_back and not Path(paths[0]).exists():
         paths.pop(0)
     stores: list[Store] = [open_store(path) for path in paths]
+    for store in stores:
+        if config.entropy_weight and "entropy" in store.manifest.unknown:
+            raise IncompatibleStoreError(
+                f"{store.path} was imported from {store.manifest.imported}, which keeps no entropy, expected one to "
+                "weigh positions by; leave --entropy-weight out, or `logitstore build` a store"
+            )
     for store in stores[1:]:
         store.manifest.require_compatible(stores[0].manifest, store.path)
     if stores:

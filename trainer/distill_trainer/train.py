@@ -41,6 +41,7 @@ from distill_trainer.report import TrainReport
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
+from distill_trainer.weights import weighted
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
 from logitstore.prefetch import prefetched
@@ -73,6 +74,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet, columns=config.columns
     )
     say(report.describe("--max-seq-length"))
+    sequences = weighted(sequences, config, student.tokenizer, say)
     sequences, draw = choose(config, stores, sequences, say)
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, sequences, f"student {student.name}")
@@ -148,7 +150,8 @@ def run_steps(
             answered = [next(answers) for _ in range(config.grad_accumulation_steps)]
             with uninterrupted():
                 alpha = config.alpha_schedule.at(report.steps + 1, config.iters)
-                collated = [collate(chosen, targets, Weighing(alpha, on_miss)) for chosen, targets, _ in answered]
+                weighing = Weighing(alpha, on_miss, config.entropy_weight)
+                collated = [collate(chosen, targets, weighing) for chosen, targets, _ in answered]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
                 taught = alpha > 0 and count.hits + (count.misses if on_miss == "online" else 0) > 0
@@ -210,6 +213,7 @@ def answered_batches(
 def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """Mean over trained positions of kd_weight · KL + ce_weight · CE; mean KL where there are targets; mean CE.
 
+    Where positions have weights w, these are sum(w l) / sum(w); kd_weight and ce_weight hold them already.
     The logits of a chunk of positions exist at a time, never [batch, length, vocab].
     """
     constants = [getattr(batch, name) for name in losses.names]
@@ -217,14 +221,18 @@ def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[
     if head.reason is None:
         hidden = head.trunk(batch.tokens)
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
-        shares = batch.kd_weight / len(batch.rows), batch.ce_weight / len(batch.rows)
+        shares = batch.kd_weight / batch.weight, batch.ce_weight / batch.weight
         total, (kl, ce) = distill_kernels.chunked_sum(loss, hidden, head, constants, shares)
     else:
         logits = head.model(batch.tokens)
         kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
-        total = (mx.where(batch.kd_weight > 0, batch.kd_weight * kl, 0) + batch.ce_weight * ce).mean()
-    answered = batch.kd_weight > 0
-    return total, mx.where(answered, kl, 0).sum() / mx.maximum(answered.sum(), 1), ce.mean()
+        each = mx.where(batch.kd_weight > 0, batch.kd_weight * kl, 0) + batch.ce_weight * ce
+        total = each.mean() if batch.row_weights is None else each.sum() / batch.weight
+    answered, there = batch.kd_weight > 0, batch.answered_weight
+    if batch.row_weights is None:
+        return total, mx.where(answered, kl, 0).sum() / mx.maximum(there, 1), ce.mean()
+    kl, ce = kl * batch.row_weights, ce * batch.row_weights
+    return total, mx.where(answered, kl, 0).sum() / mx.where(there > 0, there, 1), ce.sum() / batch.weight
 
 
 def require_finite(
