@@ -79,6 +79,13 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 )
 @click.option("--max-grad-norm", type=float, help="Scale larger gradients down to this norm.")
 @click.option("--grad-checkpoint", is_flag=True, help="Less memory, more time: compute the student's layers twice.")
+@click.option(
+    "--valid-dataset", help="Held-out documents, to measure the loss on.  [default: --valid-split of --dataset]"
+)
+@click.option("--valid-split", help="The held-out split, as in valid for valid.jsonl.  [default: nothing is held out]")
+@click.option("--steps-per-eval", default=200, show_default=True, help="Measure the held-out loss every N steps.")
+@click.option("--val-batches", default=25, show_default=True, help="On so many held-out batches; -1: all.")
+@click.option("--domain-column", help="A held-out column, for whose values the held-out loss is reported apart.")
 @click.option("--keep-layers", type=int, help="Cut the student to N evenly spaced layers first.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the order of documents and of new parameters.")
 @click.option(
@@ -114,6 +121,8 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
             f"{report.steps:,} steps, {report.trained_tokens:,} tokens at {report.tokens_per_second:,.0f} tokens/s; "
             f"{report.count.hits:,} hits, {report.count.misses:,} misses (positions)"
         )
+        if report.valid:
+            click.echo(f"held-out loss {report.valid['valid_loss']:.4f}")
         click.echo(f"load it with {report.load_with}")
     if report.interrupted:
         click.echo(

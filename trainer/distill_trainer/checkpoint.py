@@ -1,4 +1,7 @@
-"""Checkpoints of a run, below OUT/checkpoints: the last, and the one since which the mean training loss was lowest.
+"""Checkpoints of a run, below OUT/checkpoints: the last, and the best.
+
+The best is the one of the lowest held-out loss; without held-out documents, the one before which the mean training loss
+was lowest.
 
 Each is a folder that mlx-lm loads as an adapter or a model, and beside the weights all that the next step depends on:
 
@@ -42,7 +45,7 @@ from logitstore.sequences import TokenSequence
 OPTIMIZER = "optimizer.safetensors"
 STATE = "training.json"
 _KEY = "random_state"
-_FREE = {"out", "quiet", "resume", "save_every", "store"}
+_FREE = {"out", "quiet", "resume", "save_every", "steps_per_eval", "domain_column", "store"}
 """Config fields that may differ; stores are held against each other by content."""
 
 
@@ -56,12 +59,14 @@ class Checkpoints:
         optimizer: optim.Optimizer,
         stores: Sequence[Store],
         sequences: Sequence[TokenSequence],
+        held_out: Sequence[TokenSequence] = (),
     ) -> None:
         self._config = config
         self._student = student
         self._optimizer = optimizer
         self._stores = stores
         self._sequences = sequences
+        self._held_out = held_out
         self._folder = Path(config.out) / CHECKPOINTS
         self._losses: list[float] = []
         """Since the last checkpoint."""
@@ -85,7 +90,7 @@ class Checkpoints:
         self._student.model.load_weights(list(weights.items()), strict=False)
         seed(kept.pop(_KEY))
         self._optimizer.state = tree_unflatten(list(kept.items()))
-        for name in ("steps", "trained_tokens", "elapsed_s", "final", "count"):
+        for name in ("steps", "trained_tokens", "elapsed_s", "final", "valid", "count"):
             setattr(report, name, getattr(before, name))
 
     def after(self, report: TrainReport) -> None:
@@ -136,7 +141,7 @@ class Checkpoints:
                 raise
             self._losses.clear()
             folders = _checkpoints(self._folder)
-            best = min(folders, key=_mean_loss)
+            best = min(folders, key=lambda folder: _loss(folder, held_out=bool(self._held_out)))
             for folder in folders[:-1]:
                 if folder != best:
                     folder.rename(self._folder / f".{folder.name}")
@@ -146,6 +151,8 @@ class Checkpoints:
     def _sources(self) -> dict[str, str]:
         """Digests of what the run reads: documents, stores but for the one that it writes to, an adapter's base."""
         found, config = {"dataset": _documents_digest(self._sequences)}, self._config
+        if self._held_out:
+            found["held-out dataset"] = _documents_digest(self._held_out)
         read = [s for s in self._stores if not (config.write_back and Path(str(s.path)) == Path(config.store[0]))]
         for number, store in enumerate(read, 1):
             found[f"store {number}"] = store.digest()
@@ -228,12 +235,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], TrainReport, dict[str, mx.array
     return state, report, weights, kept
 
 
-def _mean_loss(folder: Path) -> float:
+def _loss(folder: Path, *, held_out: bool) -> float:
+    """What the best checkpoint is chosen by; infinite where it is not known."""
     try:
-        mean = json.loads((folder / STATE).read_text())["mean_loss"]
+        state = json.loads((folder / STATE).read_text())
+        loss = state["report"]["final"].get("valid_loss") if held_out else state["mean_loss"]
     except (OSError, ValueError, KeyError):
         return math.inf
-    return math.inf if mean is None else float(mean)
+    return math.inf if loss is None else float(loss)
 
 
 def _said(value: Any) -> str:

@@ -78,6 +78,17 @@ class TrainConfig:
     """The gradient of a step is scaled down to this norm where it is larger."""
     grad_checkpoint: bool = False
     """Compute the student's layers a second time for the gradient rather than keep what they computed."""
+    valid_dataset: str | None = None
+    """Held-out documents, on which the loss is measured while training. None: `valid_split` of `dataset`, if given."""
+    valid_split: str | None = None
+    """The held-out split, as mlx-lm's `valid`. None: with `valid_dataset` its split "train", else nothing is held out.
+    """
+    steps_per_eval: int = 200
+    """The held-out loss is measured after every so many steps, at the end, and where `save_every` saves."""
+    val_batches: int = 25
+    """Measured on so many batches of the held-out documents, always the same; -1 for all. They are held in memory."""
+    domain_column: str | None = None
+    """A column of the held-out dataset: the held-out loss is reported for each of its values too."""
     keep_layers: int | None = None
     """Cut the student to this many of its layers first, evenly spaced, first and last kept."""
     seed: int = 0
@@ -165,6 +176,22 @@ class TrainConfig:
             f"save_every is {self.save_every}, expected at least 1; type --save-every 100",
         )
         _require(
+            self.steps_per_eval >= 1,
+            f"steps_per_eval is {self.steps_per_eval}, expected at least 1; type --steps-per-eval 200",
+        )
+        _require(
+            self.val_batches == -1 or self.val_batches >= 1,
+            f"val_batches is {self.val_batches}, expected at least 1, or -1 for all; type --val-batches 25",
+        )
+        _require(
+            self.valid_split != self.split or self.valid_dataset not in (None, self.dataset),
+            f"--valid-split {self.valid_split} is what is trained on; type --valid-split valid, or --valid-dataset D",
+        )
+        _require(
+            self.domain_column is None or self.holds_out,
+            "--domain-column tells held-out documents apart, and none are held out; type --valid-split valid with it",
+        )
+        _require(
             self.num_layers == -1 or self.num_layers >= 1,
             f"num_layers is {self.num_layers}, expected at least 1, or -1 for all; type --num-layers 16",
         )
@@ -235,6 +262,11 @@ class TrainConfig:
     def chooses(self) -> bool:
         """Whether an epoch is anything else than each document once, in any order."""
         return bool(self.filter or self.sample or self.curriculum or self.mix)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the loss is measured on held-out documents."""
+        return self.valid_split is not None or self.valid_dataset is not None
 
     @property
     def columns(self) -> list[str]:

@@ -19,6 +19,8 @@ class TrainReport:
     count: Count = field(default_factory=Count)
     final: dict[str, Any] = field(default_factory=dict)
     """The last step's metrics."""
+    valid: dict[str, Any] = field(default_factory=dict)
+    """The last figures on held-out documents."""
     interrupted: bool = False
 
     @property

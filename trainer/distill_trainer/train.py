@@ -24,6 +24,7 @@ from distill_trainer.choosing import choose
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw
 from distill_trainer.gradients import clipped, mean_gradient
+from distill_trainer.held_out import due, hold_out, read_held_out
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.losses import Loss, loss_of
 from distill_trainer.optimizer import make_optimizer
@@ -76,14 +77,15 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     say(report.describe("--max-seq-length"))
     sequences = weighted(sequences, config, student.tokenizer, say)
     sequences, draw = choose(config, stores, sequences, say)
+    held_out = read_held_out(config, student.tokenizer, say)
     vocab_size = student.model(mx.array([[0]])).shape[-1]
-    require_ids_below(vocab_size, sequences, f"student {student.name}")
+    require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
 
     with output_folder(Path(config.out), new=not config.resume) as out:
         asked = target_source(config, stores, student.tokenizer) if config.distils else nullcontext()
         with asked as source:
             if source is not None:
-                require_ids_below(source.recipe.vocab_size, sequences, "the teacher")
+                require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
                 say_coverage(source, sequences, config, say)
             make_trainable(student, config)
             parameters = trainable(student.model).values()
@@ -95,7 +97,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
             run, failure = TrainReport(), None
-            checkpoints = Checkpoints(config, student, optimizer, stores, sequences)
+            checkpoints = Checkpoints(config, student, optimizer, stores, sequences, held_out)
             if config.resume:
                 checkpoints.restore(run)
                 say(f"going on after step {run.steps:,}")
@@ -107,7 +109,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if head.reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
-                run_steps(config, head, optimizer, sequences, draw, source, checkpoints, run)
+                run_steps(config, head, optimizer, sequences, draw, held_out, source, checkpoints, run)
             except (KeyboardInterrupt, StoreError) as error:
                 if not run.steps:
                     raise
@@ -130,6 +132,7 @@ def run_steps(
     optimizer: optim.Optimizer,
     sequences: list[TokenSequence],
     draw: Draw | None,
+    held_out: list[TokenSequence],
     source: TargetSource | None,
     checkpoints: Checkpoints,
     report: TrainReport,
@@ -138,6 +141,7 @@ def run_steps(
     model = head.model
     losses = SparseKL() if source is None else loss_of(config.loss, source.recipe, source.temperature, "the teacher")
     on_miss = "hard-only" if source is None else source.on_miss
+    watched = hold_out(config, held_out, source, losses)  # before a second thread reads the stores
     answers = answered_batches(config, sequences, draw, source, report.steps * config.grad_accumulation_steps)
     if on_miss != "online":  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
@@ -186,8 +190,12 @@ def run_steps(
                     "tokens_per_second": n / elapsed_s,
                     "peak_memory_gb": mx.get_peak_memory() / 1e9,
                 }
+                if watched is not None and due(config, report.steps):
+                    report.valid = watched.measure(head)
+                    report.final |= report.valid
                 append_metrics(Path(config.out), report.final)
-                bar.set_postfix(loss="-" if loss is None else f"{loss:.3f}", refresh=False)
+                shown = {"loss": loss, "valid": report.valid.get("valid_loss")} if watched else {"loss": loss}
+                bar.set_postfix({k: "-" if v is None else f"{v:.3f}" for k, v in shown.items()}, refresh=False)
                 bar.update()
                 checkpoints.after(report)
 

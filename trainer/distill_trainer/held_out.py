@@ -1,0 +1,147 @@
+"""Loss on held-out documents while a student is trained: `--valid-split` or `--valid-dataset`.
+
+Targets come from the run's own source under its own miss policy, once, before the first step; they are kept as batches
+until the run ends. The student is in eval mode while it is measured, and nothing random is drawn, so a run learns the
+same with and without held-out documents.
+
+All steps are measured by the loss of the run's last step, whatever its schedules, and all positions weigh the same,
+whatever training weighs them: so the figures of steps compare, and those of runs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import distill_kernels
+from distill_kernels import on_tier
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from distill_trainer.batches import Batch, Weighing, collate
+from distill_trainer.config import TrainConfig
+from distill_trainer.losses import Loss
+from distill_trainer.targets import Count, TargetSource
+from logitstore.documents import read_documents
+from logitstore.errors import MissingTargetsError
+from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
+
+Figures = dict[str, float | int | None]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Held-out documents with their targets."""
+
+    batches: tuple[Batch, ...]
+    """Collated with alpha 1: kd_weight says which positions have targets."""
+    domains: tuple[tuple[str, ...], ...]
+    """Of each batch's documents; empty where none are told apart."""
+    losses: Loss
+    alpha: float
+    count: Count
+
+    def measure(self, head: distill_kernels.Head) -> Figures:
+        """Means over trained positions, and the same for each domain under NAME/DOMAIN.
+
+        valid_loss: alpha KL + (1 - alpha) CE, CE alone where there are no targets; valid_kd_loss: KL where there are;
+        valid_ce_loss: CE.
+        """
+        sums: dict[str, npt.NDArray[np.float64]] = {"": np.zeros(5)}
+        training = head.model.training
+        head.model.eval()
+        try:
+            for batch, domains in zip(self.batches, self.domains, strict=True):
+                rows = self._rows(head, batch)
+                sums[""] += rows.sum(axis=1)
+                documents = np.array(batch.rows) // batch.tokens.shape[1]
+                for domain in sorted(set(domains)):
+                    of_domain = np.array([each == domain for each in domains])[documents]
+                    sums[f"/{domain}"] = sums.get(f"/{domain}", 0) + rows[:, of_domain].sum(axis=1)
+        finally:
+            head.model.train(training)
+        figures: Figures = {"valid_hits": self.count.hits, "valid_misses": self.count.misses}
+        for domain, (total, kd, ce, answered, positions) in sorted(sums.items()):
+            figures[f"valid_loss{domain}"] = total / positions if positions else None
+            figures[f"valid_kd_loss{domain}"] = kd / answered if answered else None
+            figures[f"valid_ce_loss{domain}"] = ce / positions if positions else None
+        return figures
+
+    def _rows(self, head: distill_kernels.Head, batch: Batch) -> npt.NDArray[np.float64]:
+        """Of N positions the loss, the KL, the cross-entropy, and whether there are targets; and N ones: [5, N]."""
+        loss, constants = on_tier(self.losses), [getattr(batch, name) for name in self.losses.names]
+        if head.reason is None:
+            hidden = head.trunk(batch.tokens)
+            kl, ce = distill_kernels.chunked(loss, hidden.reshape(-1, hidden.shape[-1])[batch.rows], head, constants)
+        else:
+            logits = head.model(batch.tokens)
+            kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
+        kd, hard = (np.array(each.astype(mx.float32), np.float64) for each in (kl, ce))
+        answered = np.array(batch.kd_weight) > 0
+        kd = np.where(answered, kd, 0)
+        total = np.where(answered, self.alpha * kd + (1 - self.alpha) * hard, hard)
+        return np.stack([total, kd, hard, answered, np.ones(len(hard))])
+
+
+def read_held_out(config: TrainConfig, tokenizer: Any, say: Callable[[str], object]) -> list[TokenSequence]:
+    """The documents to be measured on, always the same ones; none where there is no held-out dataset.
+
+    Raises:
+        LogitstoreError: as for the documents that are trained on.
+    """
+    if not config.holds_out:
+        return []
+    columns = [config.domain_column] if config.domain_column else []
+    rows = read_documents(config.valid_dataset or config.dataset, split=config.valid_split or "train", columns=columns)
+    report = TokenizeReport()
+    every = read_sequences(rows, tokenizer, config.max_seq_length, report, quiet=config.quiet, columns=columns)
+    count = len(every) if config.val_batches == -1 else config.val_batches * config.batch_size
+    chosen = np.random.default_rng(config.seed).permutation(len(every))[:count].tolist()
+    found = sorted((every[number] for number in chosen), key=lambda sequence: len(sequence.trained))
+    say(f"held out: {report.describe('--max-seq-length')}; measured on {len(found):,} of them")
+    return found
+
+
+def hold_out(
+    config: TrainConfig, sequences: Sequence[TokenSequence], source: TargetSource | None, losses: Loss
+) -> HeldOut | None:
+    """Ask for the targets of held-out documents.
+
+    Args:
+        sequences: from `read_held_out`.
+        source: None where nothing is distilled.
+
+    Raises:
+        MissingTargetsError: a miss under the policy "error", or under "skip" nothing but misses.
+        CorruptStoreError: a store's bytes are not those that were written.
+    """
+    if not sequences:
+        return None
+    missing = source.missing(sequences) if source else 0
+    add = "type `logitstore build` with the held-out dataset to add them"
+    if source and missing and source.on_miss == "error":
+        raise MissingTargetsError(
+            f"{missing:,} of {len(sequences):,} held-out documents are not in the store; {add}, --teacher T to ask it "
+            "live, or --on-miss hard-only or skip"
+        )
+    on_miss = "hard-only" if source is None else source.on_miss
+    batches, domains, total = [], [], Count()
+    for at in range(0, len(sequences), config.batch_size):
+        chosen = sequences[at : at + config.batch_size]
+        targets, count = source.answer(chosen) if source else ([None] * len(chosen), Count())
+        total += count
+        batch = collate(chosen, targets, Weighing(1.0, on_miss))
+        if batch is not None:
+            batches.append(batch)
+            domains.append(tuple(str(s.columns[config.domain_column]) for s in chosen if config.domain_column))
+    if not batches:
+        raise MissingTargetsError(f"no held-out document is in the store; {add}, or --on-miss hard-only")
+    mx.eval(batches)
+    return HeldOut(tuple(batches), tuple(domains), losses, config.alpha_schedule.end, total)
+
+
+def due(config: TrainConfig, step: int) -> bool:
+    """Whether a step is followed by a measurement: every `steps_per_eval`, at the end, and where a checkpoint is."""
+    saved = config.save_every is not None and step % config.save_every == 0
+    return step % config.steps_per_eval == 0 or step == config.iters or saved
