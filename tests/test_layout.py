@@ -42,6 +42,7 @@ NEED_MLX = {
         "live",
         "model",
         "teacher",
+        "trace",
     )
 }
 
