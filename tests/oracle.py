@@ -113,6 +113,26 @@ def bucket(kind: Any, z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels:
     return Losses(kd, cross_entropy(z, labels)[0], d_kd, cross_entropy(z, labels)[1])
 
 
+def taid(z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels: Ints, t: float, at: float) -> Losses:
+    """T² times the forward KL to p_t ~ q^(1 - at) p^at, a constant, over the same cells."""
+    kd, d_kd = np.zeros(len(z)), np.zeros_like(z)
+    for n in range(len(z)):
+        entries = kept(ids[n], p[n], z.shape[1])
+        members = np.zeros((len(entries) + 1, z.shape[1]))
+        for c, (i, _) in enumerate(entries):
+            members[c, i] = 1
+        members[-1] = 1 - members[:-1].sum(axis=0)
+        q = np.exp(log_softmax(z[n] / t))
+        cells, teacher = members @ q, np.array([*(w for _, w in entries), np.exp(log_tail[n])])
+        target = cells ** (1 - at) * teacher**at
+        target /= target.sum()
+        there = target > 0
+        kd[n] = t * t * (target[there] * np.log(target[there] / cells[there])).sum()
+        slope = np.where(there, -target / np.where(cells > 0, cells, 1), 0)
+        d_kd[n] = t * through_softmax(members.T @ slope, q)
+    return Losses(kd, cross_entropy(z, labels)[0], d_kd, cross_entropy(z, labels)[1])
+
+
 def sampled(kind: Any, z: Floats, ids: Ints, w: Floats, log_p: Floats, labels: Ints, t: float) -> Losses:
     """T² sum w / p f(p, q), over the entries."""
     ce, d_ce = cross_entropy(z, labels)

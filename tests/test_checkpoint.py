@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,36 @@ def test_what_changed_since_the_checkpoint_is_named_and_nothing_is_touched(tmp_p
     shutil.copytree(world.store, store)
     save_tiny_model(student, seed=9)
     refused("the content of the student")
+
+
+def test_the_state_of_a_loss_that_moves_is_restored_to_the_last_bit(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.build(tmp_path / "s.zarr", select="top-k:24", temperature=(1.0,), log_z=(1.0, 2.0, 4.0))
+    options = {"store": (str(tmp_path / "s.zarr"),), "lora_parameters": DROPOUT, "iters": 12, "save_every": 3}
+    options |= {"loss": ("taid",), "temperature": "4->1", "grad_accumulation_steps": 2, "alpha": 1.0}
+    _, whole = world.train(tmp_path / "whole", **options)
+    for resume, calls in ((False, iter(range(8))), (True, iter(range(4)))):  # as step 5 begins, and step 7
+
+        def interrupted(*args: Any, calls: Iterator[int] = calls) -> Any:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return batch_loss(*args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("distill_trainer.train.batch_loss", interrupted)
+            assert world.train(tmp_path / "cut", **options, resume=resume)[0].interrupted
+    _, cut = world.train(tmp_path / "cut", **options, resume=True)
+    moving = [[(step["taid_t"], step["temperature"], step["kd_loss"]) for step in run] for run in (whole, cut)]
+    assert moving[0] == moving[1] and len({t for t, _, _ in moving[0]}) > 9
+    assert {temperature for _, temperature, _ in moving[0]} == {4.0, 2.0, 1.0}
+    ours, theirs = (mx.load(str(tmp_path / run / "adapters.safetensors")) for run in ("cut", "whole"))
+    assert all(mx.array_equal(ours[name], theirs[name]).item() for name in theirs)
+    states = [
+        json.loads((tmp_path / run / "checkpoints" / "0000012" / "training.json").read_text())
+        for run in ("cut", "whole")
+    ]
+    assert states[0]["objective"] == states[1]["objective"] != {}
 
 
 def test_a_schedule_that_spans_the_run_does_not_let_it_grow(tmp_path: Path, world: World) -> None:

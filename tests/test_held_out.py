@@ -200,3 +200,15 @@ def test_a_held_out_dataset_that_is_not_there_is_refused_before_the_run(tmp_path
         with pytest.raises(DatasetError, match=expected):
             run(world, tmp_path / "o", **options)
         assert not (tmp_path / "o").exists()
+
+
+def test_a_loss_that_moves_is_measured_as_it_is_at_the_end(tmp_path: Path, world: World) -> None:
+    store = tmp_path / "s.zarr"
+    for split in ("train", "valid"):
+        options = {"select": "top-k:24", "temperature": (1.0,), "log_z": (1.0, 2.0)}
+        world.build(store, dataset=str(world.folder / "data"), split=split, **options)
+    still = run(world, tmp_path / "kl", store=(str(store),), learning_rate=1e-12)
+    moving = run(world, tmp_path / "m", store=(str(store),), learning_rate=1e-12, loss=("taid",), temperature="2->1")
+    assert [step.get("temperature") for step in moving] == [2.0, 2.0, 1.0]  # 1.5 is nearer to 2, by ratio
+    assert moving[-1]["valid_kd_loss"] == pytest.approx(still[-1]["valid_kd_loss"], rel=1e-4)
+    assert moving[1]["valid_kd_loss"] == pytest.approx(moving[-1]["valid_kd_loss"], rel=1e-5)

@@ -64,6 +64,9 @@ from tests.test_sparse_kl import (  # noqa: F401
     test_padding_and_ids_or_labels_outside_the_vocabulary_count_for_nothing,
     test_unsigned_ids_above_two_to_the_31_are_dropped,
 )
+from tests.test_taid import (  # noqa: F401
+    test_at_1_it_is_the_bucket_kl_and_at_0_there_is_nothing_to_learn,
+)
 from tools.metal_emulator import SCHEDULES, Emulated
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("emulator")]

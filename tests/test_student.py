@@ -14,6 +14,7 @@ from mlx_lm.models import gemma3_text
 
 from distill_trainer.checkpoint import Checkpoints
 from distill_trainer.config import TrainConfig
+from distill_trainer.objective import Objective
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.report import TrainReport
 from distill_trainer.student import keep_layers, load_student, make_trainable, save_student, trainable
@@ -37,12 +38,16 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     Path(config.out).mkdir()
     make_trainable(student, config)
     optimizer = make_optimizer("adam", {}, config.learning_rate, None)
-    checkpoints = Checkpoints(config, student, optimizer, [], world.sequences())
+    objective = Objective(config, None)
+    checkpoints = Checkpoints(config, student, optimizer, objective, [], world.sequences())
     run_steps(
         config,
         distill_kernels.split_head(student.model),
         optimizer,
+        objective,
         world.sequences(),
+        None,
+        [],
         None,
         checkpoints,
         TrainReport(),

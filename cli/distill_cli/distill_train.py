@@ -39,7 +39,7 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     multiple=True,
     default=("kl",),
     show_default=True,
-    help="kl, reverse-kl, jsd, skew-kl, skew-reverse-kl, soft-ce, tvd, hinge-rank or logistic-rank, as "
+    help="kl, reverse-kl, jsd, skew-kl, skew-reverse-kl, soft-ce, tvd, taid, hinge-rank or logistic-rank, as "
     "NAME[:NUMBER][=WEIGHT]; several are summed.",
 )
 @click.option(
@@ -62,7 +62,13 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 )
 @click.option("--outcome-column", help="A column of the dataset that each document's loss is multiplied by.")
 @click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
-@click.option("--temperature", type=float, help="Softmax temperature.  [default: the store's, else 1]")
+@click.option(
+    "--temperature",
+    type=str,
+    help="Softmax temperature, or a schedule as for --alpha: '4->1:linear', through the temperatures that the store "
+    "serves.  [default: the store's, else 1]",
+)
+@click.option("--progressive", is_flag=True, help="The temperature falls to 1, from 4 unless given, and alpha to 0.")
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)
 @click.option("--num-layers", default=16, show_default=True, help="How many of the last layers LoRA adapts; -1: all.")
 @click.option("--iters", default=1000, show_default=True, help="Steps of the optimizer.")

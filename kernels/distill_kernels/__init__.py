@@ -31,6 +31,7 @@ from distill_kernels.ranking import HingeRank, LogisticRank, hinge_rank_ce, logi
 from distill_kernels.row_loss import RowLoss  # noqa: E402
 from distill_kernels.sampled import SampledLoss, sampled_loss_ce  # noqa: E402
 from distill_kernels.sparse_kl import SoftCE, SparseKL, soft_ce, sparse_kl_ce  # noqa: E402
+from distill_kernels.taid import TaidLoss  # noqa: E402
 from distill_kernels.tier import on_tier  # noqa: E402
 from distill_kernels.weighted import WeightedLoss  # noqa: E402
 
@@ -53,6 +54,7 @@ __all__ = [
     "SkewReverseKL",
     "SoftCE",
     "SparseKL",
+    "TaidLoss",
     "WeightedLoss",
     "bucket_kl_ce",
     "bucket_loss_ce",

@@ -69,12 +69,8 @@ class BucketLoss(LogitsLoss):
     def _cells(
         self, z: mx.array, ids: mx.array, p: mx.array, log_tail: mx.array, lse_kept: mx.array, lse_rest: mx.array
     ) -> tuple[Cells, Cells]:
-        """Return (p, log p, q, log q) of the kept cells, [N, k] each, and of the tail, [N] each.
-
-        From the two parts' normalisers rather than the whole's: an LSE of 11 is rounded by 5e-7, which p_T would feel.
-        """
-        log_q_kept, log_q_tail = -mx.logaddexp(0.0, lse_rest - lse_kept), -mx.logaddexp(0.0, lse_kept - lse_rest)
-        log_q = at_ids(z, ids) / self.temperature - _finite(lse_kept)[:, None] + log_q_kept[:, None]
+        """Return (p, log p, q, log q) of the kept cells, [N, k] each, and of the tail, [N] each."""
+        log_q, log_q_tail = log_student_cells(at_ids(z, ids) / self.temperature, lse_kept, lse_rest)
         log_tail = log_tail.astype(mx.float32)
         return (p, mx.log(p), mx.exp(log_q), log_q), (mx.exp(log_tail), log_tail, mx.exp(log_q_tail), log_q_tail)
 
@@ -82,6 +78,15 @@ class BucketLoss(LogitsLoss):
         """Return z / T with -inf at the kept ids; padding entries mask nothing."""
         z = add_at_ids(z, ids, mx.where(p > 0, -mx.inf, 0))
         return z if self.temperature == 1 else z / self.temperature
+
+
+def log_student_cells(kept: mx.array, lse_kept: mx.array, lse_rest: mx.array) -> tuple[mx.array, mx.array]:
+    """Return log q of the kept cells [N, k] and of the tail [N], of z / T on S and the LSEs of z / T on and off it.
+
+    From the two parts' normalisers rather than the whole's: an LSE of 11 is rounded by 5e-7, which p_T would feel.
+    """
+    log_q_kept, log_q_tail = -mx.logaddexp(0.0, lse_rest - lse_kept), -mx.logaddexp(0.0, lse_kept - lse_rest)
+    return kept - _finite(lse_kept)[:, None] + log_q_kept[:, None], log_q_tail
 
 
 def _finite(lse: mx.array) -> mx.array:

@@ -59,12 +59,12 @@ class LogitsLoss(RowLoss):
     def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
         targets, row_weights = self.parted(logits, rows, self.names)
         losses, saved = self.value(self._final(logits), *targets)
-        return _weighed(losses, row_weights), saved
+        return weighed(losses, row_weights), saved
 
     def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
         targets, row_weights = self.parted(logits, rows, self.names)
         z = self._final(logits)
-        dz = self.slope(z, *targets, saved=saved, cotangents=_weighed(cotangents, row_weights))
+        dz = self.slope(z, *targets, saved=saved, cotangents=weighed(cotangents, row_weights))
         if self.softcap is not None:
             dz = dz * (self.scale * (1 - mx.square(z / self.softcap)))
         elif self.scale != 1:
@@ -76,7 +76,10 @@ class LogitsLoss(RowLoss):
 
     def _final(self, logits: mx.array) -> mx.array:
         """Return z, [N, vocab_size] float32."""
-        z = logits[:, : self.vocab_size].astype(mx.float32)
+        return self.capped(logits[:, : self.vocab_size].astype(mx.float32))
+
+    def capped(self, z: mx.array) -> mx.array:
+        """Return float32 logits, of whichever columns, scaled and capped."""
         z = z if self.scale == 1 else z * self.scale
         return z if self.softcap is None else self.softcap * mx.tanh(z / self.softcap)
 
@@ -92,7 +95,7 @@ class LogitsLoss(RowLoss):
         return targets, extra[0] if extra else None
 
 
-def _weighed(arrays: Arrays, row_weights: mx.array | None) -> Arrays:
+def weighed(arrays: Arrays, row_weights: mx.array | None) -> Arrays:
     """Return each array times the weights, and exactly 0 where a weight is."""
     if row_weights is None:
         return arrays

@@ -7,7 +7,8 @@ Each is a folder that mlx-lm loads as an adapter or a model, and beside the weig
 
     0000120/adapters.safetensors, or a model folder    the student as it was trained, in the dtypes of training
     0000120/optimizer.safetensors                      the optimizer's state; MLX's random state
-    0000120/training.json                              step, counts, config, and what stores and documents were
+    0000120/training.json                              step, counts, config, what the objective remembers, and what
+                                                       stores and documents were
 
 The order of documents is drawn from the seed, so the step says where in it a run was. A folder appears whole or not at
 all; older ones go once a newer one is there.
@@ -31,6 +32,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import random_key, seed
+from distill_trainer.objective import Objective
 from distill_trainer.output import CHECKPOINTS, METRICS, writing
 from distill_trainer.report import TrainReport
 from distill_trainer.student import save_weights, trainable
@@ -57,6 +59,7 @@ class Checkpoints:
         config: TrainConfig,
         student: LoadedModel,
         optimizer: optim.Optimizer,
+        objective: Objective,
         stores: Sequence[Store],
         sequences: Sequence[TokenSequence],
         held_out: Sequence[TokenSequence] = (),
@@ -64,6 +67,7 @@ class Checkpoints:
         self._config = config
         self._student = student
         self._optimizer = optimizer
+        self._objective = objective
         self._stores = stores
         self._sequences = sequences
         self._held_out = held_out
@@ -89,6 +93,7 @@ class Checkpoints:
             raise ModelError(f"{last} lacks weights that this run trains; remove it to go on from an older one")
         self._student.model.load_weights(list(weights.items()), strict=False)
         seed(kept.pop(_KEY))
+        self._objective.restore(state["objective"])
         self._optimizer.state = tree_unflatten(list(kept.items()))
         for name in ("steps", "trained_tokens", "elapsed_s", "final", "valid", "count"):
             setattr(report, name, getattr(before, name))
@@ -123,6 +128,7 @@ class Checkpoints:
             "mean_loss": sum(self._losses) / len(self._losses) if self._losses else None,
             "config": self._config.to_json(),
             "sources": self._sources,
+            "objective": self._objective.state,
         }
         kept = cast(dict[str, mx.array], tree_flatten(self._optimizer.state, destination={_KEY: random_key()}))
         partial = self._folder / f".{final.name}"
@@ -163,7 +169,7 @@ class Checkpoints:
 
     def _require_same(self, folder: Path, state: Mapping[str, Any], steps: int) -> None:
         now, was = json.loads(json.dumps(self._config.to_json())), state["config"]
-        free = _FREE | {"iters"} if self._config.alpha_schedule.constant else _FREE  # a schedule spans all steps
+        free = _FREE if self._config.spans_run else _FREE | {"iters"}
         pairs = [(name, was.get(name), now.get(name)) for name in {**was, **now} if name not in free]
         then, today = state["sources"], self._sources
         pairs += [(f"the content of the {name}", then.get(name), today.get(name)) for name in {**then, **today}]
@@ -226,7 +232,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], TrainReport, dict[str, mx.array
                 weights |= cast(dict[str, mx.array], mx.load(str(file)))
         kept = cast(dict[str, mx.array], mx.load(str(folder / OPTIMIZER)))
         mx.eval(weights, kept)
-        if not isinstance(state["config"], dict) or not isinstance(state["sources"], dict) or _KEY not in kept:
+        if not all(isinstance(state[part], dict) for part in ("config", "sources", "objective")) or _KEY not in kept:
             raise ValueError("it lacks a part")
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(

@@ -57,8 +57,11 @@ class TrainConfig:
     0.9->0.3:cosine: see `distill_trainer.schedule`."""
     select: str | None = None
     """What the live teacher keeps. None: as the store does, threshold:16 without a store."""
-    temperature: float | None = None
-    """None: the store's, 1 without a store."""
+    temperature: float | str | None = None
+    """A number, or a schedule such as 4->1:linear: see `distill_trainer.temperatures`. None: the store's, 1 without a
+    store."""
+    progressive: bool = False
+    """Stands for two schedules: the temperature falls to 1, from 4 unless given, and alpha to 0, in straight lines."""
     fine_tune_type: FineTuneType = "lora"
     num_layers: int = 16
     """How many of the last layers LoRA adapts; -1 for all."""
@@ -105,8 +108,14 @@ class TrainConfig:
             ConfigError: naming the flag.
         """
         _require(bool(self.loss), "loss names none; type --loss kl")
-        for text in self.loss:
-            Term.parse(text)
+        names = [Term.parse(text).name for text in self.loss]
+        _require(names.count("taid") <= 1, "loss names taid twice, and a run has one t; type --loss taid once")
+        for moved, value in (("alpha", self.alpha), ("temperature", self.temperature)):
+            _require(
+                not self.progressive or "->" not in str(value),
+                f"--progressive is a schedule of {moved}, and {moved} is one itself, {value}; type --{moved} with the "
+                "number that it starts from, or leave --progressive out",
+            )
         try:
             ends = self.alpha_schedule.start, self.alpha_schedule.end
         except ValueError:
@@ -127,10 +136,7 @@ class TrainConfig:
             f"{', '.join(self.measures)} of a document is what a store knows before the run; "
             "type --store STORE, and not --write-back",
         )
-        _require(
-            self.temperature is None or 0 < self.temperature < math.inf,
-            f"temperature is {self.temperature}, expected a number above 0; type --temperature 1",
-        )
+        self._require_temperature()
         _require(
             self.think_weight is None or 0 <= self.think_weight < math.inf,
             f"think_weight is {self.think_weight}, expected a number of at least 0; type --think-weight 2",
@@ -247,10 +253,46 @@ class TrainConfig:
             "type --store STORE, --teacher T, --on-miss online and an --alpha above 0 with it",
         )
 
+    def _require_temperature(self) -> None:
+        try:
+            asked = self.temperature_schedule
+        except ValueError:
+            raise ConfigError(
+                f"temperature is {self.temperature!r}, expected a number above 0, or two as in '4->1:linear', "
+                "in quotes (or cosine, wsd, wsd:0.2); type --temperature 1"
+            ) from None
+        _require(
+            asked is None or (0 < asked.start < math.inf and 0 < asked.end < math.inf),
+            f"temperature is {self.temperature}, expected a number above 0; type --temperature 1",
+        )
+        _require(
+            not self.progressive or self.distils,
+            f"--progressive leads alpha from its start to 0, and alpha is {self.alpha}; type --alpha 0.9 with it",
+        )
+
     @property
     def alpha_schedule(self) -> Schedule:
         """`alpha`, read."""
-        return Schedule.parse(self.alpha)
+        return Schedule.parse(self._moving["alpha"] if self.progressive else self.alpha)
+
+    @property
+    def temperature_schedule(self) -> Schedule | None:
+        """`temperature`, read."""
+        typed = self._moving["temperature"] if self.progressive else self.temperature
+        return None if typed is None else Schedule.parse(typed)
+
+    @property
+    def spans_run(self) -> bool:
+        """Whether what a step learns depends on how many there will be."""
+        schedules = self.alpha_schedule, self.temperature_schedule
+        moving = any(schedule is not None and not schedule.constant for schedule in schedules)
+        return moving or any(Term.parse(text).name == "taid" for text in self.loss)
+
+    @property
+    def _moving(self) -> dict[str, str]:
+        """What `progressive` stands for."""
+        start = 4 if self.temperature is None else self.temperature
+        return {"alpha": f"{self.alpha}->0:linear", "temperature": f"{start}->1:linear"}
 
     @property
     def measures(self) -> list[str]:
@@ -292,7 +334,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The resolved config as JSON values."""
-        return asdict(self) | {"on_miss": self.miss_policy}
+        schedules = self._moving | {"progressive": False} if self.progressive else {}
+        return asdict(self) | {"on_miss": self.miss_policy} | schedules
 
 
 def _require(condition: bool, message: str) -> None:

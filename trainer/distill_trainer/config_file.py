@@ -97,6 +97,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     FineTuneType: ("text", _of(str)),
     OptimizerName: ("text", _of(str)),
     float | str: ("a number, or a schedule as in 0.9->0.3:cosine", _number_or_text),
+    float | str | None: ("a number, or a schedule as in 4->1:linear", _number_or_text),
     tuple[str, ...]: ("text, or a list of texts", _texts),
     bool: ("true or false", _of(bool)),
     int: ("a whole number", _whole),

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.config import TrainConfig
 from distill_trainer.losses import Loss
+from distill_trainer.objective import Objective
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError
@@ -104,7 +105,7 @@ def read_held_out(config: TrainConfig, tokenizer: Any, say: Callable[[str], obje
 
 
 def hold_out(
-    config: TrainConfig, sequences: Sequence[TokenSequence], source: TargetSource | None, losses: Loss
+    config: TrainConfig, sequences: Sequence[TokenSequence], source: TargetSource | None, objective: Objective
 ) -> HeldOut | None:
     """Ask for the targets of held-out documents.
 
@@ -129,7 +130,9 @@ def hold_out(
     batches, domains, total = [], [], Count()
     for at in range(0, len(sequences), config.batch_size):
         chosen = sequences[at : at + config.batch_size]
-        targets, count = source.answer(chosen) if source else ([None] * len(chosen), Count())
+        targets, count = (
+            source.answer(chosen, temperature=objective.last_temperature) if source else ([None] * len(chosen), Count())
+        )
         total += count
         batch = collate(chosen, targets, Weighing(1.0, on_miss))
         if batch is not None:
@@ -138,7 +141,7 @@ def hold_out(
     if not batches:
         raise MissingTargetsError(f"no held-out document is in the store; {add}, or --on-miss hard-only")
     mx.eval(batches)
-    return HeldOut(tuple(batches), tuple(domains), losses, config.alpha_schedule.end, total)
+    return HeldOut(tuple(batches), tuple(domains), objective.last, config.alpha_schedule.end, total)
 
 
 def due(config: TrainConfig, step: int) -> bool:

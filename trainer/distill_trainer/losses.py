@@ -24,14 +24,18 @@ from distill_kernels import (
     SkewReverseKL,
     SoftCE,
     SparseKL,
+    TaidLoss,
     WeightedLoss,
 )
 from distill_kernels.divergence import Divergence
 
+from distill_trainer.taid import START
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import Recipe
 
 Loss = LogitsLoss | WeightedLoss
+LIVE = "the teacher"
+"""Stands in messages for a store, where one is not to blame."""
 
 _DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "kl": ForwardKL,
@@ -41,8 +45,8 @@ _DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "skew-reverse-kl": SkewReverseKL,
     "tvd": TVD,
 }
-NAMES = (*_DIVERGENCES, "soft-ce", "hinge-rank", "logistic-rank")
-_NUMBERED = {"jsd": "beta", "skew-kl": "lambda", "skew-reverse-kl": "lambda", "hinge-rank": "margin"}
+NAMES = (*_DIVERGENCES, "soft-ce", "taid", "hinge-rank", "logistic-rank")
+_NUMBERED = {"jsd": "beta", "skew-kl": "lambda", "skew-reverse-kl": "lambda", "taid": "t_start", "hinge-rank": "margin"}
 """Losses with a number of their own, and what it is called."""
 
 
@@ -99,6 +103,12 @@ class Term:
                 if self.name == "logistic-rank"
                 else HingeRank(temperature, margin=self.number)
             )
+        if self.name == "taid":
+            if selection.unbiased:
+                raise _lacking(
+                    self.name, where, f"a sample ({selection}) does not tell the probabilities", "--select top-k:50"
+                )
+            return TaidLoss(temperature, interpolation=START if self.number is None else self.number)
         if self.name == "soft-ce":
             if not selection.unbiased:
                 raise _lacking(self.name, where, f"{selection} keeps a part of the mass", "--select threshold:16")
@@ -131,9 +141,9 @@ def loss_of(terms: Sequence[str], recipe: Recipe, temperature: float, where: str
 
 
 def _lacking(name: str, where: str, why: str, flag: str) -> IncompatibleStoreError:
-    return IncompatibleStoreError(
-        f"{where} cannot serve --loss {name}: {why}; type `logitstore build {flag}` for another store, or --loss kl"
-    )
+    live = where == LIVE and "--tail-log-probs" not in flag
+    keep = flag if live else f"`logitstore build {flag}` for another store"
+    return IncompatibleStoreError(f"{where} cannot serve --loss {name}: {why}; type {keep}, or --loss kl")
 
 
 def _number(text: str, number: str) -> float:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.losses import loss_of
+from distill_trainer.objective import Objective
 from distill_trainer.targets import TargetSource
+from distill_trainer.temperatures import spaced
 from logitstore.build import open_or_create
 from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
@@ -44,8 +45,7 @@ def open_stores(config: TrainConfig) -> list[Store]:
         store.manifest.require_compatible(stores[0].manifest, store.path)
     if stores:
         first, recipe = stores[0], stores[0].manifest.recipe
-        recipe.set_number(config.temperature)
-        loss_of(config.loss, recipe, config.temperature or recipe.temperatures[0], str(first.path))
+        Objective(config, recipe, str(first.path))
         if config.select is not None and Selection.parse(config.select) != recipe.selection:
             raise ConfigError(
                 f"{first.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
@@ -73,7 +73,7 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
     for store in stores:
         require_same_tokenizer(store, fingerprint, config.student)
     if config.teacher is None or config.miss_policy != "online":
-        yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy, temperature=config.temperature)
+        yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
         return
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
@@ -86,7 +86,7 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
                 "type --student with a model of the teacher's tokenizer"
             )
         selection = Selection.parse(config.select or "threshold:16")
-        recipe = Recipe(selection, (config.temperature or 1.0,), seed=0, vocab_size=teacher.vocab_size)
+        recipe = Recipe(selection, spaced(config.temperature_schedule), seed=0, vocab_size=teacher.vocab_size)
     if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
         wanted = teacher.manifest(replace(recipe, vocab_size=teacher.vocab_size))
     if stores:
@@ -97,7 +97,7 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
             first = open_or_create(Path(config.store[0]), wanted, teacher)
             stores = [first, *(store for store in stores if store.path != first.path)]
             writer = stack.enter_context(first.writer(WRITE_BACK))
-        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer, config.temperature)
+        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer)
         stack.callback(source.close)
         yield source
 

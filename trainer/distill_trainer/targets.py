@@ -5,7 +5,7 @@ through the same recipe as a build, so it is what the store would have said; wit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill_trainer.config import OnMiss
 from logitstore.contract import Store, Writer
@@ -35,7 +35,6 @@ class TargetSource:
 
     Args:
         stores: in order of lookup; all with this recipe.
-        temperature: which of the recipe's; by default the first.
         teacher: asked on a miss when the policy is "online".
         writer: keeps the teacher's answers.
     """
@@ -47,11 +46,9 @@ class TargetSource:
         on_miss: OnMiss,
         teacher: Teacher | None = None,
         writer: Writer | None = None,
-        temperature: float | None = None,
     ) -> None:
         self.recipe = recipe
         self.on_miss = on_miss
-        self.temperature = recipe.temperatures[0] if temperature is None else temperature
         self._stack = Stack(stores)
         self._teacher = teacher
         self._writer = writer
@@ -60,17 +57,20 @@ class TargetSource:
         """How many of these documents have a trained position that the stores do not answer; reads no values."""
         return sum(bool(s.trained[self._answered(s) :].any()) for s in sequences)
 
-    def answer(self, sequences: Sequence[TokenSequence], epoch: int = 0) -> tuple[list[SparseTargets | None], Count]:
+    def answer(
+        self, sequences: Sequence[TokenSequence], epoch: int = 0, temperature: float | None = None
+    ) -> tuple[list[SparseTargets | None], Count]:
         """Targets of each document by the run's policy: of all of its positions, of the first ones, or None.
 
         Args:
             epoch: which of several stored draws is read.
+            temperature: which of the recipe's; by default the first.
 
         Raises:
             MissingTargetsError: a miss under the policy "error".
             CorruptStoreError: a store's bytes are not those that were written.
         """
-        answers = [self._look_up(sequence, epoch) for sequence in sequences]
+        answers = [self._look_up(sequence, epoch, temperature) for sequence in sequences]
         count, lost = Count(), []
         for i, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
             answered = 0 if answer is None else len(answer)
@@ -84,9 +84,12 @@ class TargetSource:
             )
         if lost and self.on_miss == "online":
             assert self._teacher is not None
-            records = self._teacher.records([sequences[i].token_ids for i in lost], self.recipe)
+            recipe = self.recipe
+            if self._writer is None and not self._stack.stores and temperature is not None:  # nobody reads the others
+                recipe = replace(recipe, temperatures=(temperature,))
+            records = self._teacher.records([sequences[i].token_ids for i in lost], recipe)
             for i, record in zip(lost, records, strict=True):
-                live, stored = self.recipe.read(record.records, self.temperature, epoch), answers[i]
+                live, stored = recipe.read(record.records, temperature, epoch), answers[i]
                 answers[i] = live if stored is None else stored.followed_by(live)
             if self._writer is not None:
                 self._writer.append([record for record in records if record.key not in self._writer])
@@ -104,9 +107,9 @@ class TargetSource:
             return len(sequence.trained)
         return self._stack.answered(sequence.token_ids)
 
-    def _look_up(self, sequence: TokenSequence, epoch: int) -> SparseTargets | None:
+    def _look_up(self, sequence: TokenSequence, epoch: int, temperature: float | None) -> SparseTargets | None:
         if self._writer is not None:
             kept = self._writer.pending.get(document_key(sequence.token_ids))
             if kept is not None:
-                return self.recipe.read(kept.records, self.temperature, epoch)
-        return self._stack.get(sequence.token_ids, self.temperature, epoch)
+                return self.recipe.read(kept.records, temperature, epoch)
+        return self._stack.get(sequence.token_ids, temperature, epoch)

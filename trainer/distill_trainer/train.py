@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import distill_kernels
-from distill_kernels import SparseKL, on_tier
+from distill_kernels import on_tier
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +27,8 @@ from distill_trainer.draw import Draw
 from distill_trainer.gradients import clipped, mean_gradient
 from distill_trainer.held_out import due, hold_out, read_held_out
 from distill_trainer.interrupts import uninterrupted
-from distill_trainer.losses import Loss, loss_of
+from distill_trainer.losses import Loss
+from distill_trainer.objective import Objective
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.output import (
     CONFIG,
@@ -97,7 +99,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
             run, failure = TrainReport(), None
-            checkpoints = Checkpoints(config, student, optimizer, stores, sequences, held_out)
+            objective = Objective(config, None if source is None else source.recipe)
+            checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out)
             if config.resume:
                 checkpoints.restore(run)
                 say(f"going on after step {run.steps:,}")
@@ -109,7 +112,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if head.reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
-                run_steps(config, head, optimizer, sequences, draw, held_out, source, checkpoints, run)
+                run_steps(config, head, optimizer, objective, sequences, draw, held_out, source, checkpoints, run)
             except (KeyboardInterrupt, StoreError) as error:
                 if not run.steps:
                     raise
@@ -130,6 +133,7 @@ def run_steps(
     config: TrainConfig,
     head: distill_kernels.Head,
     optimizer: optim.Optimizer,
+    objective: Objective,
     sequences: list[TokenSequence],
     draw: Draw | None,
     held_out: list[TokenSequence],
@@ -139,13 +143,14 @@ def run_steps(
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
     model = head.model
-    losses = SparseKL() if source is None else loss_of(config.loss, source.recipe, source.temperature, "the teacher")
     on_miss = "hard-only" if source is None else source.on_miss
-    watched = hold_out(config, held_out, source, losses)  # before a second thread reads the stores
-    answers = answered_batches(config, sequences, draw, source, report.steps * config.grad_accumulation_steps)
+    watched = hold_out(config, held_out, source, objective)  # before a second thread reads the stores
+    answers = answered_batches(
+        config, objective, sequences, draw, source, report.steps * config.grad_accumulation_steps
+    )
     if on_miss != "online":  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
-    step = nn.value_and_grad(model, lambda batch: batch_loss(head, losses, batch))
+    step = nn.value_and_grad(model, lambda losses, batch: batch_loss(head, losses, batch))
     bar = tqdm(total=config.iters, initial=report.steps, desc="train", unit="step", disable=config.quiet)
 
     with closing(answers), bar:
@@ -161,7 +166,7 @@ def run_steps(
                 taught = alpha > 0 and count.hits + (count.misses if on_miss == "online" else 0) > 0
                 n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
                 if batches:
-                    means, gradients = mean_gradient(step, batches)
+                    means, gradients = mean_gradient(partial(step, objective.at(report.steps + 1)), batches)
                     gradients, unclipped = clipped(gradients, config.max_grad_norm)
                     optimizer.update(model, gradients)
                     mx.eval(trainable(model), optimizer.state, means)
@@ -189,7 +194,9 @@ def run_steps(
                     "grad_norm": norm,
                     "tokens_per_second": n / elapsed_s,
                     "peak_memory_gb": mx.get_peak_memory() / 1e9,
+                    **objective.shown(report.steps),
                 }
+                objective.learned(report.steps, report.final["kd_loss"])
                 if watched is not None and due(config, report.steps):
                     report.valid = watched.measure(head)
                     report.final |= report.valid
@@ -202,6 +209,7 @@ def run_steps(
 
 def answered_batches(
     config: TrainConfig,
+    objective: Objective,
     sequences: list[TokenSequence],
     draw: Draw | None,
     source: TargetSource | None,
@@ -213,9 +221,10 @@ def answered_batches(
         skip: batches that have been taken already.
     """
     order = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed, draw)
-    for epoch, numbers in islice(order, skip, None):
+    for number, (epoch, numbers) in enumerate(islice(order, skip, None), skip):
+        temperature = objective.temperature(number // config.grad_accumulation_steps + 1)
         chosen = [sequences[i] for i in numbers]
-        yield chosen, *(source.answer(chosen, epoch) if source else ([None] * len(chosen), Count()))
+        yield chosen, *(source.answer(chosen, epoch, temperature) if source else ([None] * len(chosen), Count()))
 
 
 def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
