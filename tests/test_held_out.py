@@ -174,6 +174,11 @@ def test_a_run_says_on_how_much_it_measures_and_takes_the_same_documents_each_ti
     train(world.config(tmp_path / "o", val_batches=1, iters=1, **options), said.append)
     (line,) = [line for line in said if line.startswith("held out")]
     assert line.startswith("held out: 4 documents, ") and line.endswith("; measured on 2 of them")
+    assert not [line for line in said if "trained on too" in line]
+    options |= {"dataset": str(write_jsonl(tmp_path / "d.jsonl", [{"text": text} for text in (*VALID[:3], "More.")]))}
+    options |= {"valid_split": None, "valid_dataset": str(world.folder / "data" / "valid.jsonl"), "on_miss": "skip"}
+    train(world.config(tmp_path / "twice", iters=1, **options), said.append)
+    assert [line for line in said if line.startswith("3 of these 4 are trained on too")]
 
 
 @pytest.mark.parametrize(

@@ -78,19 +78,23 @@ def _by_measure(
     for store in stores:
         require_known(store.manifest, of_store, store.path)
     stack = Stack(stores) if of_store else None
+    kept, unmeasured = np.ones(len(sequences), np.bool_), np.zeros(len(sequences), np.bool_)
+    values = {name: np.empty(len(sequences)) for name in (config.sample, config.curriculum) if name}
     bar = tqdm(sequences, desc="measure", unit="doc", delay=1, leave=False, disable=config.quiet)
-    measures = [_measured(sequence, stack) for sequence in bar]
-    kept = np.ones(len(sequences), np.bool_)
-    for condition in conditions:
-        kept &= [condition.holds(each) for each in measures]
+    for number, sequence in enumerate(bar):
+        measures = _measured(sequence, stack)
+        kept[number] = all(condition.holds(measures) for condition in conditions)
+        unmeasured[number] = stack is not None and not measures.positions
+        for name, column in values.items():
+            column[number] = measures.value(name)
     if conditions:
         flags = " ".join(f"--filter '{condition}'" for condition in conditions)
         say(f"{flags}: {kept.sum():,} of {len(sequences):,} documents are kept")
-    weights, ranks = _values(measures, config.sample), _values(measures, config.curriculum)
+    weights = values[config.sample] if config.sample else None
+    ranks = np.nan_to_num(values[config.curriculum], nan=np.inf) if config.curriculum else None
     if weights is not None:
         kept &= weights > 0
         say(f"--sample {config.sample}: an epoch draws {kept.sum():,} times from as many documents, with replacement")
-    unmeasured = np.array([of_store != [] and not each.positions for each in measures])
     if unmeasured.all():
         raise MissingTargetsError(
             f"no store answers any of the {len(sequences):,} documents, so none has a measure (is --max-seq-length "
@@ -99,7 +103,7 @@ def _by_measure(
     if unmeasured.any():
         place = "last in the first epoch" if (kept & unmeasured).any() else "left out"
         say(f"{unmeasured.sum():,} of {len(sequences):,} documents are in no store and have no measure: {place}")
-    return np.flatnonzero(kept), weights, None if ranks is None else np.nan_to_num(ranks, nan=np.inf)
+    return np.flatnonzero(kept), weights, ranks
 
 
 def _measured(sequence: TokenSequence, stack: Stack | None) -> Measures:
@@ -107,7 +111,3 @@ def _measured(sequence: TokenSequence, stack: Stack | None) -> Measures:
     if found is None:
         return Measures(0, len(sequence.token_ids), math.nan, math.nan, math.nan)
     return measure(sequence.token_ids, found, sequence.trained)
-
-
-def _values(measures: Sequence[Measures], name: str | None) -> Values | None:
-    return None if name is None else np.array([each.value(name) for each in measures], np.float64)

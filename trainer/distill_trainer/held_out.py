@@ -18,6 +18,7 @@ from distill_kernels import on_tier
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.config import TrainConfig
@@ -26,6 +27,7 @@ from distill_trainer.objective import Objective
 from distill_trainer.targets import Count, TargetSource
 from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError
+from logitstore.key import document_key
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
 
 Figures = dict[str, float | int | None]
@@ -85,8 +87,13 @@ class HeldOut:
         return np.stack([total, kd, hard, answered, np.ones(len(hard))])
 
 
-def read_held_out(config: TrainConfig, tokenizer: Any, say: Callable[[str], object]) -> list[TokenSequence]:
+def read_held_out(
+    config: TrainConfig, tokenizer: Any, trained: Sequence[TokenSequence], say: Callable[[str], object]
+) -> list[TokenSequence]:
     """The documents to be measured on, always the same ones; none where there is no held-out dataset.
+
+    Args:
+        trained: the documents that are trained on; how many of them are held out too is said.
 
     Raises:
         LogitstoreError: as for the documents that are trained on.
@@ -101,6 +108,9 @@ def read_held_out(config: TrainConfig, tokenizer: Any, say: Callable[[str], obje
     chosen = np.random.default_rng(config.seed).permutation(len(every))[:count].tolist()
     found = sorted((every[number] for number in chosen), key=lambda sequence: len(sequence.trained))
     say(f"held out: {report.describe('--max-seq-length')}; measured on {len(found):,} of them")
+    keys = {document_key(sequence.token_ids) for sequence in trained}
+    if twice := sum(document_key(sequence.token_ids) in keys for sequence in found):
+        say(f"{twice:,} of these {len(found):,} are trained on too, and are no evidence of what was learned")
     return found
 
 
@@ -128,7 +138,8 @@ def hold_out(
         )
     on_miss = "hard-only" if source is None else source.on_miss
     batches, domains, total = [], [], Count()
-    for at in range(0, len(sequences), config.batch_size):
+    starts = range(0, len(sequences), config.batch_size)
+    for at in tqdm(starts, desc="held out", unit="batch", delay=1, leave=False, disable=config.quiet):
         chosen = sequences[at : at + config.batch_size]
         targets, count = (
             source.answer(chosen, temperature=objective.last_temperature) if source else ([None] * len(chosen), Count())

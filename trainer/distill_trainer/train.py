@@ -79,7 +79,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     say(report.describe("--max-seq-length"))
     sequences = weighted(sequences, config, student.tokenizer, say)
     sequences, draw = choose(config, stores, sequences, say)
-    held_out = read_held_out(config, student.tokenizer, say)
+    held_out = read_held_out(config, student.tokenizer, sequences, say)
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
 
