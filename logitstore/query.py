@@ -1,7 +1,7 @@
 """`logitstore query`: a store's documents by their measures, over all of their positions. Needs no MLX.
 
-Documents are read one after another, twice where they are sorted: what is held then is 16 bytes a document, or those of
-the first `limit`.
+Documents are read one after another, those that are shown twice where they are sorted: what is held then is a measure
+and a number for each document that fulfils the conditions, or for the first `limit` of them.
 """
 
 import codecs
@@ -9,8 +9,11 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from logitstore.condition import Condition
@@ -20,6 +23,7 @@ from logitstore.key import document_key
 from logitstore.measures import NAMES, Measures, measure, require_known, require_name, unknown
 from logitstore.vocabulary import Vocabulary
 
+Tokens = npt.NDArray[np.int32]
 TEXT = 60
 """Characters of a document that are shown."""
 LINE = "{:>8}  {:<12}  {:>9}  {:>7}  {:>7}  {:>7}  {:>12}  {}"
@@ -80,23 +84,22 @@ def _found(
 ) -> Iterator[Found]:
     lacking, vocabulary = unknown(store.manifest), store.vocabulary
 
-    def one(number: int) -> Found:
+    def one(number: int) -> tuple[int, Tokens, Measures]:
         token_ids, targets = store.document(number)
-        measures = measure(token_ids, targets).without(lacking)
+        return number, token_ids, measure(token_ids, targets).without(lacking)
+
+    def shown(number: int, token_ids: Tokens, measures: Measures) -> Found:
         return Found(number, document_key(token_ids).hex(), measures, _beginning(vocabulary, token_ids.tolist()))
 
     bar = tqdm(range(len(store)), unit="doc", desc="query", delay=1, leave=False, disable=quiet)
-    asked = (each for each in map(one, bar) if all(c.holds(each.measures) for c in conditions))
+    asked = (each for each in map(one, bar) if all(c.holds(each[2]) for c in conditions))
     if sort is None:
-        for count, each in enumerate(asked, 1):
-            yield each
-            if count == limit:
-                return
+        yield from (shown(*each) for each in islice(asked, limit))
         return
     sign = -1 if descending else 1
-    places = ((sign * each.measures.value(sort), each.number) for each in asked)
+    places = ((sign * measures.value(sort), number) for number, _, measures in asked)
     for _, number in sorted(places) if limit is None else heapq.nsmallest(limit, places):
-        yield one(number)
+        yield shown(*one(number))
 
 
 def _beginning(vocabulary: Vocabulary, token_ids: list[int]) -> str:

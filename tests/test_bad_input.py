@@ -107,6 +107,10 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --dataset {folder}/fields.jsonl", r"fields.jsonl:1: found the fields txt; expected"),
         (TRAIN + " --dataset {folder}/short.jsonl", r"none with two tokens .* type --dataset"),
         (TRAIN + " --split valid", r"has no split 'valid'; give a folder"),
+        (TRAIN + " --valid-split valid", r"has no split 'valid'; give a folder"),
+        (TRAIN + " --filter nl<2", r"--filter 'nl<2' names no measure; did you mean nll"),
+        (TRAIN + " --filter nll<0", r"of 6 documents none is left to train on; type --filter"),
+        (TRAIN + " --mix txt:a=1", r"has no column 'txt', .* did you mean 'text'"),
         # models
         (BUILD + " --teacher {folder}/none", r"no model at .*; expected a directory"),
         (BUILD + " --teacher {folder}/bare", r"bare has no config.json; expected a model saved by mlx-lm"),
@@ -134,6 +138,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         ("logitstore info {data}", r"data.jsonl is a file, a store is a folder"),
         ("logitstore verify {folder}/bare", r"bare is not a store.*; type"),
         ("logitstore inspect {folder}/newer.zarr", r"has format 99, .* reads format 1; type `pip install --upgrade"),
+        ("logitstore query {store} --sort nl", r"--sort nl names no measure; did you mean nll"),
         ("logitstore inspect {store} --document 99", r"document 99 is not there: .* holds 0 .. 5; type --document"),
         (BUILD + " --out {data}", r"data.jsonl is a file, a store is a folder"),
         (BUILD + " --out {folder}/bare", r"bare is not a store.*; type"),

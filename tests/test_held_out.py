@@ -99,6 +99,9 @@ def test_a_miss_is_handled_as_in_training_and_counted_apart(tmp_path: Path, worl
     assert hard["valid_loss"] == pytest.approx(total / sum(n), rel=1e-5)
     kd, ce = np.concatenate(by_hand(world, tmp_path / "online"), axis=1).mean(axis=1)
     assert online["valid_loss"] == pytest.approx(0.9 * kd + 0.1 * ce, rel=1e-3)  # the teacher's own rounding
+    alone = run(world, tmp_path / "alone", teacher=str(world.teacher), **options | {"store": ()})[-1]
+    assert (alone["valid_hits"], alone["valid_misses"]) == (0, sum(n))
+    assert alone["valid_loss"] == pytest.approx(online["valid_loss"], rel=1e-3)
     with pytest.raises(MissingTargetsError, match="2 of 4 held-out documents are not in the store; type `logitstore"):
         run(world, tmp_path / "error", **options)
     assert not (tmp_path / "error").exists()
