@@ -74,6 +74,7 @@ def read_sequences(
     *,
     quiet: bool = False,
     columns: Sequence[str] = (),
+    mask_prompt: bool = True,
 ) -> list[TokenSequence]:
     """Tokenise a whole dataset, with a progress bar where that takes over a second: `tokenize`, as a list.
 
@@ -82,7 +83,7 @@ def read_sequences(
         ConfigError, ModelError: as `tokenize`.
     """
     bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=quiet)
-    sequences = list(tokenize(bar, tokenizer, max_length, report, columns))
+    sequences = list(tokenize(bar, tokenizer, max_length, report, columns, mask_prompt))
     if not sequences:
         raise DatasetError(
             f"the dataset has {report.documents:,} documents, but none with two tokens and a trained position; "
@@ -97,6 +98,7 @@ def tokenize(
     max_length: int,
     report: TokenizeReport | None = None,
     columns: Sequence[str] = (),
+    mask_prompt: bool = True,
 ) -> Iterator[TokenSequence]:
     """One sequence per document, of its first `max_length` tokens; `report` is kept up to date along the way.
 
@@ -107,7 +109,7 @@ def tokenize(
 
     A document with fewer than two tokens, or with no trained position among those kept, is skipped and counted.
     `tokenizer` is a fast Hugging Face tokenizer, bare or in mlx-lm's wrapper. `columns` are kept as they are; the rows
-    have them where `read_documents` was asked for them.
+    have them where `read_documents` was asked for them. Without `mask_prompt` every position is trained.
 
     Raises:
         ConfigError: `max_length` is less than 2.
@@ -124,7 +126,8 @@ def tokenize(
         report.documents += 1
         ids, learned = _encode(document, tokenizer)
         token_ids = np.array(ids[:max_length], np.int32)
-        trained = learned[1:max_length]  # the one shift: position t predicts token t+1
+        trained = learned[1:max_length] if mask_prompt else np.ones(len(token_ids) - 1, np.bool_)
+        # that is the one shift: position t predicts token t + 1
         if not trained.any():
             report.skipped_documents += 1
             continue

@@ -244,3 +244,11 @@ def test_the_line_about_a_dataset_says_what_was_cut_skipped_and_equal() -> None:
         "1 cut at --max-length (7 tokens dropped); 1 skipped: nothing to train on"
     )
     assert "equal" not in report.describe("--max-length")
+
+
+def test_without_a_masked_prompt_every_token_is_trained() -> None:
+    row = {"prompt": "What runs once?", "completion": "The teacher."}
+    (masked,), (whole,) = (
+        list(tokenize([Document(row, "a.jsonl:1")], tiny_tokenizer(), 64, mask_prompt=mask)) for mask in (True, False)
+    )
+    assert (masked.token_ids == whole.token_ids).all() and whole.trained.all() and not masked.trained.all()

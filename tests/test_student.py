@@ -199,3 +199,21 @@ def test_on_a_gpu_a_packed_student_of_an_adapter_stays_packed_also_when_it_is_cu
     model, _ = eval(line, {"mlx_lm": mlx_lm})
     assert isinstance(model.layers[0].mlp.gate_proj.linear, nn.QuantizedLinear)
     assert np.allclose(model(TOKENS), student.model(TOKENS), atol=1e-5)
+
+
+def test_an_adapter_goes_on_from_another_ones_weights_and_refuses_those_of_other_layers(tmp_path: Path) -> None:
+    world = make_world(tmp_path, store=False)
+    world.train(tmp_path / "a", alpha=0)
+    file = tmp_path / "a" / "adapters.safetensors"
+    world.train(tmp_path / "b", alpha=0, iters=0, resume_adapter_file=str(file))
+    assert mx_equal(file, tmp_path / "b" / "adapters.safetensors")
+    with pytest.raises(ConfigError, match="--num-layers"):
+        world.train(tmp_path / "c", alpha=0, num_layers=1, resume_adapter_file=str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        world.train(tmp_path / "d", alpha=0, resume_adapter_file=str(tmp_path / "none.safetensors"))
+
+
+def mx_equal(one: Path, other: Path) -> bool:
+    """Whether two files hold the same arrays."""
+    a, b = mx.load(str(one)), mx.load(str(other))
+    return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]).item() for name in a)

@@ -84,6 +84,13 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     help="Its own settings, and learning rate schedules, are keys of --config.",
 )
 @click.option("--max-grad-norm", type=float, help="Scale larger gradients down to this norm.")
+@click.option(
+    "--mask-prompt/--no-mask-prompt",
+    default=True,
+    show_default=True,
+    help="Train completions and assistants' turns alone, or every token.",
+)
+@click.option("--resume-adapter-file", help="Begin with the weights of an adapter, a .safetensors file.")
 @click.option("--grad-checkpoint", is_flag=True, help="Less memory, more time: compute the student's layers twice.")
 @click.option(
     "--valid-dataset", help="Held-out documents, to measure the loss on.  [default: --valid-split of --dataset]"
@@ -110,7 +117,7 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
     ):
         from distill_trainer.config_file import config_of, read_config
 
-        values = read_config(config_file) if config_file else {}
+        values = read_config(config_file, click.echo) if config_file else {}
         for name, value in options.items():
             typed = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
             if typed or (name not in values and value not in (None, ())):

@@ -79,6 +79,10 @@ class TrainConfig:
     """Batches in a step; every trained position of theirs weighs the same."""
     max_grad_norm: float | None = None
     """The gradient of a step is scaled down to this norm where it is larger."""
+    mask_prompt: bool = True
+    """Train the completion, the assistant's turns, alone. False: every token, as mlx-lm does unless it is told."""
+    resume_adapter_file: str | None = None
+    """An adapter's weights to begin with, for new steps: the optimizer and all else is new."""
     grad_checkpoint: bool = False
     """Compute the student's layers a second time for the gradient rather than keep what they computed."""
     valid_dataset: str | None = None
@@ -208,6 +212,11 @@ class TrainConfig:
         _require(self.seed >= 0, f"seed is {self.seed}, expected at least 0; type --seed 0")
         if self.select is not None:
             Selection.parse(self.select)
+        _require(
+            self.resume_adapter_file is None or self.fine_tune_type != "full",
+            "--resume-adapter-file is given, and --fine-tune-type full has no adapter; type --student with the model "
+            "that mlx_lm.fuse makes of it",
+        )
         rank, scale, dropout = (self.lora_parameters.get(name) for name in ("rank", "scale", "dropout"))
         _require(
             isinstance(rank, int)

@@ -10,12 +10,16 @@ from typing import Any, get_type_hints
 import yaml
 
 from distill_trainer.config import FineTuneType, OnMiss, TrainConfig
+from distill_trainer.mlx_lm_config import translated
 from distill_trainer.optimizer import OptimizerName
 from logitstore.errors import ConfigError
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON file of config keys. A key without a value is as good as absent.
+def read_config(path: Path, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
+    """Read a YAML or JSON file of config keys, ours or mlx-lm's. A key without a value is as good as absent.
+
+    Args:
+        say: takes a line that names mlx-lm's keys without a place here.
 
     Raises:
         ConfigError: it cannot be read, or has a key that no option has, naming the nearest.
@@ -28,11 +32,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds {type(values).__name__}, expected keys and values such as `alpha: 0.9`")
     known = [f.name for f in fields(TrainConfig)]
+    values = translated(values, known, path, say)
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
             raise ConfigError(f"config {path} has the key {key!r}, which is not known; did you mean {nearest[0]!r}?")
-    return {key: value for key, value in values.items() if value is not None}
+    return values
 
 
 def config_of(values: Mapping[str, Any]) -> TrainConfig:

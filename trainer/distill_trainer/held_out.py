@@ -103,7 +103,15 @@ def read_held_out(
     columns = [config.domain_column] if config.domain_column else []
     rows = read_documents(config.valid_dataset or config.dataset, split=config.valid_split or "train", columns=columns)
     report = TokenizeReport()
-    every = read_sequences(rows, tokenizer, config.max_seq_length, report, quiet=config.quiet, columns=columns)
+    every = read_sequences(
+        rows,
+        tokenizer,
+        config.max_seq_length,
+        report,
+        quiet=config.quiet,
+        columns=columns,
+        mask_prompt=config.mask_prompt,
+    )
     count = len(every) if config.val_batches == -1 else config.val_batches * config.batch_size
     chosen = np.random.default_rng(config.seed).permutation(len(every))[:count].tolist()
     found = sorted((every[number] for number in chosen), key=lambda sequence: len(sequence.trained))

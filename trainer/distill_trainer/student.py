@@ -17,7 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import checkpoint_layers
 from distill_trainer.output import BASE, CHECKPOINTS, writing
-from logitstore.errors import ConfigError, ModelError
+from logitstore.errors import ConfigError, ModelError, first_line
 from logitstore.model import LoadedModel, build_model, load_model, save_model_dir
 
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(?=\.)")
@@ -63,9 +63,35 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
             raise ConfigError(
                 f"lora_parameters {lora} cannot be used: {error}; expected rank, scale and dropout"
             ) from error
+        if config.resume_adapter_file is not None:
+            _load_adapter(model, Path(config.resume_adapter_file).expanduser())
     if config.grad_checkpoint:
         checkpoint_layers(model)
     model.train()
+
+
+def _load_adapter(model: Module, path: Path) -> None:
+    """Put an adapter's weights in the place of the new ones.
+
+    Raises:
+        ConfigError: it cannot be read, or is not one of this model with these LoRA parameters.
+    """
+    try:
+        weights = cast(dict[str, mx.array], mx.load(str(path)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"adapter {path} cannot be read: {first_line(error)}; type --resume-adapter-file with a .safetensors file"
+        ) from error
+    new = trainable(model)
+    shapes, wanted = ({name: value.shape for name, value in some.items()} for some in (weights, new))
+    if shapes != wanted:
+        name = min(name for name in {**shapes, **wanted} if shapes.get(name) != wanted.get(name))
+        raise ConfigError(
+            f"adapter {path} has {shapes.get(name, 'nothing')} for {name}, this run trains "
+            f"{wanted.get(name, 'nothing')} there; type --fine-tune-type, --num-layers and lora_parameters as it was "
+            "trained with"
+        )
+    model.load_weights(list(weights.items()), strict=False)
 
 
 def keep_layers(student: LoadedModel, count: int) -> LoadedModel:

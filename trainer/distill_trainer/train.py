@@ -74,7 +74,13 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     student = load_student(config)
     report = TokenizeReport()
     sequences = read_sequences(
-        rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet, columns=config.columns
+        rows,
+        student.tokenizer,
+        config.max_seq_length,
+        report,
+        quiet=config.quiet,
+        columns=config.columns,
+        mask_prompt=config.mask_prompt,
     )
     say(report.describe("--max-seq-length"))
     sequences = weighted(sequences, config, student.tokenizer, say)
