@@ -42,18 +42,30 @@ def test_figures_are_those_of_the_formulas_in_float64(
 ) -> None:
     student = load_model(save_tiny_model(tmp_path / "s", seed=9, vocab_size=width))
     found = evaluate({"s": student}, teacher, sequences, quiet=True)
-    rows = []
+    rows, confident = [], []
     for s in sequences:
-        log_p, log_q = (log_softmax(m, s.token_ids, 384) for m in (teacher.loaded, student))
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-        labels = s.token_ids[1:, None]
-        nll = [-np.take_along_axis(x, labels, axis=1)[:, 0] for x in (log_p, log_q)]
-        rows.append(np.stack([kl, log_p.argmax(1) == log_q.argmax(1), *nll])[:, s.trained])
-    kl, agreement, teacher_nll, student_nll = np.concatenate(rows, axis=1).mean(axis=1)
-    assert found["s"].positions == found[TEACHER].positions == sum(s.trained.sum() for s in sequences)
-    assert found["s"].kl == pytest.approx(kl, rel=1e-5)
-    assert found["s"].agreement == pytest.approx(agreement, abs=1e-9)
-    assert found["s"].perplexity == pytest.approx(np.exp(student_nll), rel=1e-5)
+        log_p, log_q = (log_softmax(m, s.token_ids, 384)[s.trained] for m in (teacher.loaded, student))
+        p, q, labels = np.exp(log_p), np.exp(log_q), s.token_ids[1:][s.trained]
+        best = [np.argsort(-x, axis=1)[:, :5] for x in (log_p, log_q)]
+        rows.append([
+            (p * (log_p - log_q)).sum(axis=1),
+            (q * (log_q - log_p)).sum(axis=1),
+            best[0][:, 0] == best[1][:, 0],
+            [len(set(a) & set(b)) / 5 for a, b in zip(*(x.tolist() for x in best), strict=True)],
+            1 - np.abs(p - q).sum(axis=1) / 2,
+            *(-x[np.arange(len(x)), labels] for x in (log_p, log_q)),
+        ])  # fmt: skip
+        confident += zip(q.max(axis=1).tolist(), (q.argmax(axis=1) == labels).tolist(), strict=True)
+    means = [np.concatenate(column).mean() for column in zip(*rows, strict=True)]
+    kl, reverse_kl, agreement, top5, acceptance, teacher_nll, student_nll = means
+    gaps = [sum(c - right for c, right in confident if b / 15 < c <= (b + 1) / 15) for b in range(15)]
+    one = found["s"]
+    assert one.positions == found[TEACHER].positions == len(confident)
+    assert (one.kl, one.reverse_kl) == pytest.approx((kl, reverse_kl), rel=1e-5)
+    assert (one.agreement, one.top5_agreement) == pytest.approx((agreement, top5), abs=1e-9)
+    assert (one.acceptance, one.perplexity) == pytest.approx((acceptance, np.exp(student_nll)), rel=1e-5)
+    assert one.ece == pytest.approx(np.abs(gaps).sum() / len(confident), rel=1e-5)
+    assert sum(n for n, _, _ in one.bins) == len(confident) and len(one.bins) == 15
     assert found[TEACHER].perplexity == pytest.approx(np.exp(teacher_nll), rel=1e-5)
     assert (found[TEACHER].kl, found[TEACHER].agreement) == (0, 1)
 

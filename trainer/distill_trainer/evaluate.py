@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import distill_kernels
-from distill_kernels.row_ops import at_ids, log_sum_exp
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
+from distill_trainer.comparison import NOTHING, Compared, Sums
 from logitstore.errors import ConfigError, DatasetError
 from logitstore.forward import document_logits, logit_rows
 from logitstore.model import LoadedModel
@@ -28,15 +27,37 @@ TEACHER = "teacher"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model over the trained positions of some documents."""
+    """A model over the trained positions of some documents: means over positions, p the teacher's, q this model's."""
 
     positions: int
     kl: float
-    """Mean over positions of sum_i p_i log(p_i / q_i), p the teacher's and q this model's: nats."""
+    """sum_i p_i log(p_i / q_i), nats."""
+    reverse_kl: float
+    """sum_i q_i log(q_i / p_i), nats."""
     agreement: float
     """Share of positions where this model's likeliest token is the teacher's."""
+    top5_agreement: float
+    """Share of the teacher's five likeliest tokens that are among this model's five."""
+    acceptance: float
+    """sum_i min(p_i, q_i): how many of this model's drafted tokens the teacher would accept in speculative decoding
+    (Leviathan et al., 2023, corollary 3.6)."""
     perplexity: float
     """exp of the mean of -log q(label), the label being the token that followed."""
+    ece: float
+    """Expected calibration error: sum over bins of n_b / n · |accuracy_b - confidence_b|, confidence being max q."""
+    bins: tuple[tuple[int, float, float], ...]
+    """Of each bin of confidence: positions, mean confidence, share of them where the likeliest token was the label."""
+
+    @classmethod
+    def of(cls, sums: Sums) -> "Evaluation":
+        """From sums over positions."""
+        n = sums.positions
+        kl, reverse_kl, agreement, top5, acceptance, nll = (sums.per_position / n).tolist()
+        counts, confidence, correct = sums.bins.T
+        ece = float(np.abs(correct - confidence).sum() / n)
+        each = np.maximum(counts, 1)
+        bins = zip(counts.astype(int).tolist(), (confidence / each).tolist(), (correct / each).tolist(), strict=True)
+        return cls(n, kl, reverse_kl, agreement, top5, acceptance, math.exp(nll), ece, tuple(bins))
 
 
 def evaluate(
@@ -67,7 +88,7 @@ def evaluate(
 
     heads = [teacher.head, *(distill_kernels.split_head(student.model) for student in students.values())]
     rows_at_once = logit_rows(teacher.vocab_size)
-    sums = np.zeros((len(heads), 3))
+    sums = [NOTHING] * len(heads)
     with tqdm(total=sum(len(s.trained) for s in sequences), desc="evaluate", unit="tok", disable=quiet) as bar:
         for sequence in sequences:
             at = 0
@@ -76,32 +97,10 @@ def evaluate(
                 stop = at + len(chunks[0])
                 rows = np.flatnonzero(sequence.trained[at:stop])
                 if len(rows):
-                    sums += _sums([chunk[mx.array(rows)] for chunk in chunks], sequence.token_ids[at + rows + 1])
+                    width = min(chunk.shape[-1] for chunk in chunks)
+                    logits = [chunk[mx.array(rows), :width] for chunk in chunks]
+                    teacher_rows = Compared.of(logits[0], sequence.token_ids[at + rows + 1])
+                    sums = [total + teacher_rows.with_student(z) for total, z in zip(sums, logits, strict=True)]
                 bar.update(stop - at)
                 at = stop
-    positions = sum(int(s.trained.sum()) for s in sequences)
-    return {
-        name: Evaluation(positions, kl / positions, agreed / positions, math.exp(nll / positions))
-        for name, (kl, agreed, nll) in zip([TEACHER, *students], sums.tolist(), strict=True)
-    }
-
-
-def _sums(logits: Sequence[mx.array], token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-    """Sums over rows of KL, agreement and -log q(label), float64 [models, 3].
-
-    Each model's logits are [n, V], the teacher's first; token_ids [n] are the labels.
-    """
-    width = min(z.shape[-1] for z in logits)
-    labels = mx.array(token_ids)[:, None]
-    found = []
-    log_p = mx.array(0.0)
-    for number, z in enumerate(logits):
-        z = z[:, :width].astype(mx.float32)
-        log_q = z - log_sum_exp(z)[:, None]
-        if number == 0:
-            log_p, likeliest = log_q, z.argmax(axis=-1)
-        p = mx.exp(log_p)
-        kl = mx.where(p > 0, p * (log_p - log_q), 0).sum(axis=-1)
-        per_row = mx.stack([kl, (z.argmax(axis=-1) == likeliest).astype(mx.float32), -at_ids(log_q, labels)[:, 0]])
-        found.append(np.array(per_row).sum(axis=1, dtype=np.float64))
-    return np.stack(found)
+    return {name: Evaluation.of(total) for name, total in zip([TEACHER, *students], sums, strict=True)}

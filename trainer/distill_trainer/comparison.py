@@ -1,0 +1,85 @@
+"""What is measured of a student beside its teacher at some positions: sums, which add up over chunks and documents.
+
+p is the teacher's distribution, q the student's, both whole and at temperature 1; natural logarithms.
+"""
+
+from dataclasses import dataclass
+
+import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
+from distill_kernels.row_ops import at_ids, log_sum_exp
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+BINS = 15
+"""Of confidence, equally wide: Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4."""
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of n positions. Two of them add up to those of both."""
+
+    positions: int
+    per_position: npt.NDArray[np.float64]
+    """[6]; sums of KL(p || q), KL(q || p), agreement, top-5 agreement, sum min(p, q) and -log q(label)."""
+    bins: npt.NDArray[np.float64]
+    """[BINS, 3]; positions, sum of confidence and of correct predictions, by the student's confidence."""
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.positions + other.positions, self.per_position + other.per_position, self.bins + other.bins)
+
+
+NOTHING = Sums(0, np.zeros(6), np.zeros((BINS, 3)))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The teacher's rows of some positions, to hold students' against."""
+
+    log_p: mx.array
+    """float32 [n, V]"""
+    labels: mx.array
+    """int32 [n]; the tokens that followed."""
+
+    @classmethod
+    def of(cls, logits: mx.array, labels: npt.NDArray[np.int32]) -> "Compared":
+        """From logits [n, V] of any float dtype."""
+        return cls(log_softmax(logits), mx.array(labels))
+
+    def with_student(self, logits: mx.array) -> Sums:
+        """The sums of a student's logits [n, V]: float32, added up in float64."""
+        log_p, log_q = self.log_p, log_softmax(logits)
+        p, q = mx.exp(log_p), mx.exp(log_q)
+        best = log_q.argmax(axis=-1)
+        rows = [
+            mx.where(p > 0, p * (log_p - log_q), 0).sum(axis=-1),
+            mx.where(q > 0, q * (log_q - log_p), 0).sum(axis=-1),
+            (best == log_p.argmax(axis=-1)).astype(mx.float32),
+            _common(_top(log_p), _top(log_q)),
+            mx.minimum(p, q).sum(axis=-1),
+            -at_ids(log_q, self.labels[:, None])[:, 0],
+        ]
+        correct = np.array(best == self.labels)
+        confidence = np.array(mx.exp(log_q.max(axis=-1)), np.float64)
+        numbers = np.minimum(np.ceil(confidence * BINS).astype(np.int64) - 1, BINS - 1)
+        bins = np.zeros((BINS, 3))
+        np.add.at(bins, np.maximum(numbers, 0), np.stack([np.ones(len(correct)), confidence, correct], axis=1))
+        return Sums(len(correct), np.array(mx.stack(rows)).sum(axis=1, dtype=np.float64), bins)
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Of logits [n, V], float32."""
+    z = logits.astype(mx.float32)
+    return z - log_sum_exp(z)[:, None]
+
+
+def _top(log_probs: mx.array) -> mx.array:
+    """The ids of the TOP likeliest tokens of each row, [n, TOP]."""
+    return mx.argpartition(-log_probs, TOP - 1, axis=-1)[:, :TOP]
+
+
+def _common(one: mx.array, other: mx.array) -> mx.array:
+    """Which share of ids [n, TOP] the rows have in common, [n]."""
+    return (one[:, :, None] == other[:, None, :]).any(axis=-1).astype(mx.float32).mean(axis=-1)
