@@ -5,8 +5,8 @@ is finished computes nothing when it is run again.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from logitstore.journal import WRITE_BACK, commit_leftovers
 from logitstore.live import keep_fidelity
 from logitstore.manifest import Manifest
 from logitstore.plan import Part, windows
+from logitstore.prompts import prompted, read_template
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
 from logitstore.sequences import TokenizeReport, tokenize
@@ -44,6 +45,8 @@ class BuildConfig:
     """Independent draws of each set, which epochs rotate through."""
     tail_log_probs: bool = False
     log_z: tuple[float, ...] = ()
+    prompt_template: str | None = None
+    """The words around each row's prompt, with {input} where that stands."""
     max_length: int = 2048
     batch_tokens: int = 2048
     limit: int | None = None
@@ -60,6 +63,7 @@ class BuildConfig:
         """
         self.recipe(vocab_size=1 << 31)
         Part.parse(self.shard)
+        read_template(self.prompt_template, "--prompt-template")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens is {self.batch_tokens}, expected at least 1; type --batch-tokens 2048")
         if self.max_length < 2:
@@ -123,13 +127,13 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
     part = Part.parse(config.shard)
     if config.out.exists():
         open_store(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
-    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+    rows = documents_of(config)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
     survey = survey_of(config, rows, teacher)
     say(survey.report.describe("--max-length", len(survey.keys)))
 
     recipe = config.recipe(teacher.vocab_size)
-    store = open_or_create(config.out, teacher.manifest(recipe), teacher)
+    store = open_or_create(config.out, manifest_of(config, teacher), teacher)
     commit_leftovers(store, WRITE_BACK)
     todo = survey.to_do(part, store)
     started = time.perf_counter()
@@ -144,8 +148,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
         positions = sum(keys[key] for key in missing)
         with tqdm(total=positions, unit="tok", desc="teacher", disable=config.quiet or not missing) as bar:
             if todo.size:
-                rows = read_documents(config.dataset, split=config.split, limit=config.limit)
-                sequences = tokenize(rows, teacher.tokenizer, config.max_length)
+                sequences = tokenize(documents_of(config), teacher.tokenizer, config.max_length)
                 wanted = windows(sequences, lambda key: part.holds(key) and key not in store)
                 fill(wanted, teacher, recipe, writer, config.batch_tokens, bar.update)
     elapsed_s = time.perf_counter() - started
@@ -159,6 +162,22 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
         store_positions=store.positions,
         disk_bytes=store.disk_bytes,
     )
+
+
+def documents_of(config: BuildConfig) -> Iterator[Document]:
+    """The rows that a build reads, their prompts as the teacher gets them.
+
+    Raises:
+        DatasetError: as `read_documents` and `prompted`.
+    """
+    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+    return prompted(rows, read_template(config.prompt_template, "--prompt-template"))
+
+
+def manifest_of(config: BuildConfig, teacher: Teacher) -> Manifest:
+    """What the store says of itself."""
+    template = read_template(config.prompt_template, "--prompt-template")
+    return replace(teacher.manifest(config.recipe(teacher.vocab_size)), prompt_template=template)
 
 
 def survey_of(config: BuildConfig, rows: Iterable[Document], teacher: Teacher) -> Survey:

@@ -5,8 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitstore.build import BuildConfig, survey_of
-from logitstore.documents import read_documents
+from logitstore.build import BuildConfig, documents_of, manifest_of, survey_of
 from logitstore.key import document_key
 from logitstore.plan import Part, plan_batches, window_count
 from logitstore.sealed import GROUP
@@ -39,11 +38,11 @@ def estimate(config: BuildConfig) -> Estimate:
     """
     part = Part.parse(config.shard)
     there = open_store(config.out) if config.out.exists() else None
-    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
+    rows = documents_of(config)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
     survey = survey_of(config, rows, teacher)
     summary = survey.report.describe("--max-length", len(survey.keys))
-    manifest = teacher.manifest(config.recipe(teacher.vocab_size))
+    manifest = manifest_of(config, teacher)
     if there is not None:
         there.manifest.require_compatible(manifest, config.out)
         summary = f"{len(there):,} documents are already there"
@@ -85,9 +84,8 @@ def estimate(config: BuildConfig) -> Estimate:
 
 def _some_documents(config: BuildConfig, teacher: Teacher, keys: set[bytes]) -> dict[bytes, TokenSequence]:
     """The documents with these keys, tokenised once more."""
-    rows = read_documents(config.dataset, split=config.split, limit=config.limit)
     found: dict[bytes, TokenSequence] = {}
-    for sequence in tokenize(rows, teacher.tokenizer, config.max_length):
+    for sequence in tokenize(documents_of(config), teacher.tokenizer, config.max_length):
         key = document_key(sequence.token_ids)
         if key in keys:
             found[key] = sequence

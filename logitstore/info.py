@@ -1,5 +1,6 @@
 """What a store says of itself, for `logitstore info`: read from its manifest and entries, no values touched."""
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def to_text(facts: dict[str, Any], path: object) -> str:
         "on disk": f"{facts['disk_bytes']:,} bytes, {per_token} per token, all included",
         "vocabulary": f"{facts['vocabulary_bytes']:,} bytes of that, once however many tokens there are",
     }
+    if facts.get("prompt_template") is not None:
+        lines["prompt"] = json.dumps(facts["prompt_template"])
     if facts.get("imported"):
         lines["imported"] = f"from {facts['imported']}; unknown: {', '.join(facts['unknown']) or 'nothing'}"
     if facts["fidelity"]:

@@ -94,7 +94,7 @@ def replay(store: Store, teacher: Teacher, count: int, seed: int, *, quiet: bool
         IncompatibleStoreError: it is not the teacher that built the store.
     """
     recipe = store.manifest.recipe
-    store.manifest.require_compatible(teacher.manifest(recipe), store.path)
+    store.manifest.require_teacher(teacher.manifest(recipe), store.path)
     documents = min(count, len(store))
     numbers = np.random.default_rng(seed).choice(len(store), documents, replace=False).tolist()
     entries = equal = positions = identical = 0

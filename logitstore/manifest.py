@@ -1,7 +1,8 @@
 """What made a store: teacher, tokenizer, recipe. Kept in the store's root, checked before a value is used."""
 
+import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from types import UnionType
 from typing import Any
@@ -16,6 +17,7 @@ FORMAT = "logitstore"
 FORMAT_VERSION = 1
 MOST_TOKENS = 1 << 24
 ADAPTER = "--adapter-path (in distill-train --teacher-adapter-path)"
+TEMPLATE = "--prompt-template (in distill-train --teacher-prompt-template)"
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class Manifest:
     unknown: tuple[str, ...] = ()
     """What that cache did not record; its values are the lowest or highest code, or were assumed. The weights digest
     covers it."""
+    prompt_template: str | None = None
+    """What stood around the documents' prompts when they were tokenised."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of what made the store: 32 hex digits. Names do not count, nor the type a teacher computed in."""
-        identity = [f"{label}={value}" for label, value, _ in self._identity()]
+        left_out = {"prompt template"} if self.prompt_template is None else set()  # it came after the first stores
+        identity = [f"{label}={value}" for label, value, _ in self._identity() if label not in left_out]
         return file_digest("\n".join(identity).encode())
 
     def _identity(self) -> list[tuple[str, object, str]]:
@@ -76,6 +81,7 @@ class Manifest:
             ("tail log-probs", recipe.tail_log_probs or None, "--tail-log-probs"),
             ("log Z", _listed(recipe.log_z) or None, f"--log-z {_listed(recipe.log_z)}".strip()),
             ("seed", recipe.seed, f"--seed {recipe.seed}"),
+            ("prompt template", None if self.prompt_template is None else json.dumps(self.prompt_template), TEMPLATE),
         ]
 
     def require_compatible(self, wanted: "Manifest", where: object) -> None:
@@ -85,7 +91,11 @@ class Manifest:
             IncompatibleStoreError: naming the first difference: found, expected, what to type.
         """
         for what, found, expected, flag in self._differences(wanted):
-            ending = {"--teacher": " with the model that built it", ADAPTER: " with what built it"}.get(flag, "")
+            ending = {
+                "--teacher": " with the model that built it",
+                ADAPTER: " with what built it",
+                TEMPLATE: " with it",
+            }.get(flag, "")
             left_out = found is None and flag != "--teacher"
             type_this = f"leave {flag} out" if left_out else f"type {flag}{ending}"
             built, asked = ("none" if value is None else value for value in (found, expected))
@@ -93,6 +103,10 @@ class Manifest:
                 f"{where} was built with {what} {built} (teacher {self.teacher.name}), this run has {asked} "
                 f"(teacher {wanted.teacher.name}); {type_this}, or name another store"
             )
+
+    def require_teacher(self, wanted: "Manifest", where: object) -> None:
+        """The same for one that brings no documents, and so no prompt template, of its own."""
+        self.require_compatible(replace(wanted, prompt_template=self.prompt_template), where)
 
     def first_difference(self, other: "Manifest") -> tuple[str, object, object] | None:
         """What tells two apart first, and its values here and there; None where their fingerprints are equal."""
@@ -114,6 +128,7 @@ class Manifest:
             "recipe": recipe,
             "serves": self.recipe.serves,
             **({"imported": self.imported, "unknown": list(self.unknown)} if self.imported else {}),
+            **({} if self.prompt_template is None else {"prompt_template": self.prompt_template}),
         }
 
     @classmethod
@@ -150,7 +165,10 @@ class Manifest:
         ):
             raise TypeError("what is said of its import")
         teacher, tokenizer = TeacherIdentity(**data["teacher"]), TokenizerIdentity(**data["tokenizer"])
-        return cls(teacher, tokenizer, Recipe(**recipe), imported, tuple(unknown))
+        template = data.get("prompt_template")
+        if not isinstance(template, str | None):
+            raise TypeError("its prompt template")
+        return cls(teacher, tokenizer, Recipe(**recipe), imported, tuple(unknown), template)
 
 
 def tokenizer_identity(tokenizer: object, vocabulary: Vocabulary) -> TokenizerIdentity:

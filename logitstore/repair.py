@@ -30,6 +30,7 @@ from logitstore.journal import commit_leftovers
 from logitstore.key import document_key
 from logitstore.manifest import Manifest
 from logitstore.plan import windows
+from logitstore.prompts import prompted
 from logitstore.recipe import Recipe
 from logitstore.sealed import GROUP, Problem, seal_group
 from logitstore.sequences import TokenSequence, require_ids_below, tokenize
@@ -123,7 +124,7 @@ def repair(
                 "the file, or build the store again"
             )
     if teacher is not None:
-        root.manifest.require_compatible(teacher.manifest(root.manifest.recipe), path)
+        root.manifest.require_teacher(teacher.manifest(root.manifest.recipe), path)
     report = RepairReport()
     try:
         _put_aside(path, problems, report)
@@ -275,7 +276,8 @@ def _recompute(
     recipe, before = store.manifest.recipe, len(store)
     given: Iterator[TokenSequence] = iter(())
     if dataset is not None:
-        given = tokenize(read_documents(dataset, split=split), teacher.tokenizer, max_length)
+        rows = prompted(read_documents(dataset, split=split), store.manifest.prompt_template)
+        given = tokenize(rows, teacher.tokenizer, max_length)
 
     def checked() -> Iterator[TokenSequence]:
         for sequence in chain(lost.sequences(), given):

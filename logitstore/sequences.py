@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from logitstore.asked import Asked
 from logitstore.documents import Document, format_of
 from logitstore.errors import ConfigError, DatasetError, ModelError
+from logitstore.targets import SparseTargets
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class TokenSequence:
     where: the place of the document, as in `Document`.
     truncated: tokens cut from the end, 0 if none.
     weights: float32 [L-1], above 0 where trained; how much each position's loss counts. None: all alike.
+    asked: what the teacher reads in its place. None: the same tokens.
     columns: values of the dataset's further columns that were asked for, by name, as the row has them.
     """
 
@@ -35,6 +38,20 @@ class TokenSequence:
     truncated: int
     columns: Mapping[str, Any] = field(default_factory=dict)
     weights: npt.NDArray[np.float32] | None = None
+    asked: Asked | None = None
+
+    @property
+    def asked_ids(self) -> npt.NDArray[np.int32]:
+        """The token ids that the teacher reads, whose key the document has in a store."""
+        return self.token_ids if self.asked is None else self.asked.token_ids
+
+    def answered(self, positions: int) -> int:
+        """How many leading positions of the document are answered by so many of what the teacher reads."""
+        return positions if self.asked is None else self.asked.answered(positions)
+
+    def own(self, targets: SparseTargets | None) -> SparseTargets | None:
+        """Targets of what the teacher reads, as those of the document's own positions."""
+        return targets if self.asked is None or targets is None else self.asked.shifted(targets)
 
 
 @dataclass
@@ -147,7 +164,7 @@ def require_ids_below(vocab_size: int, sequences: Iterable[TokenSequence], model
         ModelError: naming the first document with a token that the model lacks.
     """
     for sequence in sequences:
-        largest = int(sequence.token_ids.max())
+        largest = int(max(sequence.token_ids.max(), sequence.asked_ids.max()))
         if largest >= vocab_size:
             raise ModelError(
                 f"{sequence.where} holds token {largest}, but {model} knows {vocab_size:,} tokens; "

@@ -40,7 +40,7 @@ class SparseTargets:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def rows(self, rows: slice) -> "SparseTargets":
+    def rows(self, rows: slice | npt.NDArray[np.integer]) -> "SparseTargets":
         """Some of the positions."""
         columns: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return replace(self, **{name: column[rows] for name, column in columns.items() if column is not None})

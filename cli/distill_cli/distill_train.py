@@ -51,6 +51,9 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     help="Weight of distillation; cross-entropy weighs 1 - alpha. '0.9->0.3:linear' or '0.9->0.3:cosine', in quotes, "
     "changes it over the run, '0.9->0.3:wsd' over its last fifth, wsd:0.5 over its last half.",
 )
+@click.option("--teacher-prompt-template", help="The words around every prompt for the teacher, with {input} in it.")
+@click.option("--student-prompt-template", help="The same for the student.")
+@click.option("--max-teacher-length", type=int, help="A live teacher reads N tokens of a document, and no more.")
 @click.option("--think-weight", type=float, help="What the loss weighs at thoughts; 0 leaves them out.")
 @click.option("--think-start", default="<think>", show_default=True, help="The text before a thought.")
 @click.option("--think-end", default="</think>", show_default=True, help="The text after it.")

@@ -58,6 +58,7 @@ def main() -> None:
 @click.option("--replicas", default=1, show_default=True, help="Independent draws, which epochs rotate through.")
 @click.option("--tail-log-probs", is_flag=True, help="Keep the tail entries' own log-probs, for losses beyond KL.")
 @click.option("--log-z", type=Numbers(), default=(), help="Temperatures, as in 1,2,4: top-k can be read at them too.")
+@click.option("--prompt-template", help="The words around every prompt, with {input} in its place.")
 @click.option("--max-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
 @click.option("--batch-tokens", default=2048, show_default=True, help="Padded tokens in one teacher batch.")
 @click.option("--limit", type=int, help="Only the first N documents.")

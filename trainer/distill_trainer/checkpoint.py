@@ -205,6 +205,8 @@ def _documents_digest(sequences: Sequence[TokenSequence]) -> str:
     for sequence in sequences:
         digest.update(len(sequence.token_ids).to_bytes(8, "little"))
         digest.update(sequence.token_ids.tobytes() + sequence.trained.tobytes())
+        if sequence.asked is not None:
+            digest.update(sequence.asked.token_ids.tobytes())
         if sequence.weights is not None:
             digest.update(sequence.weights.tobytes())
     return digest.hexdigest()

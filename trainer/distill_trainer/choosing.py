@@ -107,7 +107,7 @@ def _by_measure(
 
 
 def _measured(sequence: TokenSequence, stack: Stack | None) -> Measures:
-    found = None if stack is None else stack.get(sequence.token_ids)
+    found = None if stack is None else sequence.own(stack.get(sequence.asked_ids))
     if found is None:
         return Measures(0, len(sequence.token_ids), math.nan, math.nan, math.nan)
     return measure(sequence.token_ids, found, sequence.trained)

@@ -12,6 +12,7 @@ from distill_trainer.schedule import Schedule
 from logitstore.condition import Condition
 from logitstore.errors import ConfigError
 from logitstore.measures import require_name
+from logitstore.prompts import read_template
 from logitstore.selection import Selection
 
 OnMiss = Literal["online", "hard-only", "skip", "error"]
@@ -42,6 +43,12 @@ class TrainConfig:
     on_miss: OnMiss | None = None
     """What to do at a position that no store answers. None: online with a teacher, else error."""
     write_back: bool = False
+    teacher_prompt_template: str | None = None
+    """The words around each row's prompt, with {input} where that stands, as the teacher reads it."""
+    student_prompt_template: str | None = None
+    """The same as the student reads it; the completion is the row's own for both."""
+    max_teacher_length: int | None = None
+    """Tokens of a document that a live teacher reads; positions after them are trained on their labels alone."""
     think_weight: float | None = None
     """What the loss weighs at thoughts, between `think_start` and `think_end`; 0 leaves them out. It is 1 elsewhere."""
     think_start: str = "<think>"
@@ -141,6 +148,30 @@ class TrainConfig:
             "type --store STORE, and not --write-back",
         )
         self._require_temperature()
+        for flag, template in (
+            ("--teacher-prompt-template", self.teacher_prompt_template),
+            ("--student-prompt-template", self.student_prompt_template),
+        ):
+            read_template(template, flag)
+        _require(
+            self.teacher_prompt_template is None or self.distils or bool(self.store),
+            "--teacher-prompt-template is given, and with --alpha 0 no teacher is read; leave it out, or type "
+            "--alpha 0.9",
+        )
+        _require(
+            self.mask_prompt or self.teacher_template == self.student_template,
+            "the teacher and the student have other prompts, and the prompt is trained too; "
+            "leave --no-mask-prompt out, or type --teacher-prompt-template and --student-prompt-template alike",
+        )
+        _require(
+            self.max_teacher_length is None or self.max_teacher_length >= 2,
+            f"max_teacher_length is {self.max_teacher_length}, expected at least 2: one token to read and one to "
+            "predict; type --max-teacher-length 512",
+        )
+        _require(
+            self.max_teacher_length is None or (self.miss_policy == "online" and self.distils),
+            "--max-teacher-length bounds what a live teacher is asked, and none is; type --teacher T with it",
+        )
         _require(
             self.think_weight is None or 0 <= self.think_weight < math.inf,
             f"think_weight is {self.think_weight}, expected a number of at least 0; type --think-weight 2",
@@ -318,6 +349,16 @@ class TrainConfig:
     def holds_out(self) -> bool:
         """Whether the loss is measured on held-out documents."""
         return self.valid_split is not None or self.valid_dataset is not None
+
+    @property
+    def teacher_template(self) -> str | None:
+        """`teacher_prompt_template`; None where it adds nothing."""
+        return read_template(self.teacher_prompt_template, "--teacher-prompt-template")
+
+    @property
+    def student_template(self) -> str | None:
+        """`student_prompt_template`; None where it adds nothing."""
+        return read_template(self.student_prompt_template, "--student-prompt-template")
 
     @property
     def columns(self) -> list[str]:

@@ -25,10 +25,10 @@ from distill_trainer.config import TrainConfig
 from distill_trainer.losses import Loss
 from distill_trainer.objective import Objective
 from distill_trainer.targets import Count, TargetSource
-from logitstore.documents import read_documents
+from distill_trainer.two_prompts import read_both
 from logitstore.errors import MissingTargetsError
 from logitstore.key import document_key
-from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
+from logitstore.sequences import TokenizeReport, TokenSequence
 
 Figures = dict[str, float | int | None]
 
@@ -101,17 +101,8 @@ def read_held_out(
     if not config.holds_out:
         return []
     columns = [config.domain_column] if config.domain_column else []
-    rows = read_documents(config.valid_dataset or config.dataset, split=config.valid_split or "train", columns=columns)
-    report = TokenizeReport()
-    every = read_sequences(
-        rows,
-        tokenizer,
-        config.max_seq_length,
-        report,
-        quiet=config.quiet,
-        columns=columns,
-        mask_prompt=config.mask_prompt,
-    )
+    dataset, split, report = config.valid_dataset or config.dataset, config.valid_split or "train", TokenizeReport()
+    every = read_both(config, dataset, split, columns, tokenizer, report)
     count = len(every) if config.val_batches == -1 else config.val_batches * config.batch_size
     chosen = np.random.default_rng(config.seed).permutation(len(every))[:count].tolist()
     found = sorted((every[number] for number in chosen), key=lambda sequence: len(sequence.trained))

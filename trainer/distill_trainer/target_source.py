@@ -36,6 +36,8 @@ def open_stores(config: TrainConfig) -> list[Store]:
         paths.pop(0)
     stores: list[Store] = [open_store(path) for path in paths]
     for store in stores:
+        manifest = store.manifest
+        manifest.require_compatible(replace(manifest, prompt_template=config.teacher_template), store.path)
         if config.entropy_weight and "entropy" in store.manifest.unknown:
             raise IncompatibleStoreError(
                 f"{store.path} was imported from {store.manifest.imported}, which keeps no entropy, expected one to "
@@ -88,7 +90,8 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
         selection = Selection.parse(config.select or "threshold:16")
         recipe = Recipe(selection, spaced(config.temperature_schedule), seed=0, vocab_size=teacher.vocab_size)
     if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
-        wanted = teacher.manifest(replace(recipe, vocab_size=teacher.vocab_size))
+        manifest = teacher.manifest(replace(recipe, vocab_size=teacher.vocab_size))
+        wanted = replace(manifest, prompt_template=config.teacher_template)
     if stores:
         stores[0].manifest.require_compatible(wanted, stores[0].path)
     with ExitStack() as stack:
@@ -97,7 +100,8 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
             first = open_or_create(Path(config.store[0]), wanted, teacher)
             stores = [first, *(store for store in stores if store.path != first.path)]
             writer = stack.enter_context(first.writer(WRITE_BACK))
-        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer)
+        most = config.max_teacher_length
+        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer, max_teacher_length=most)
         stack.callback(source.close)
         yield source
 

@@ -7,6 +7,9 @@ through the same recipe as a build, so it is what the store would have said; wit
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from distill_trainer.config import OnMiss
 from logitstore.contract import Store, Writer
 from logitstore.errors import MissingTargetsError
@@ -25,9 +28,11 @@ class Count:
 
     hits: int = 0
     misses: int = 0
+    unasked: int = 0
+    """Of the misses, those that a live teacher was not asked for, being too far into the document."""
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(self.hits + other.hits, self.misses + other.misses)
+        return Count(self.hits + other.hits, self.misses + other.misses, self.unasked + other.unasked)
 
 
 class TargetSource:
@@ -37,6 +42,7 @@ class TargetSource:
         stores: in order of lookup; all with this recipe.
         teacher: asked on a miss when the policy is "online".
         writer: keeps the teacher's answers.
+        max_teacher_length: tokens of a document that the teacher is given; positions after them have no targets.
     """
 
     def __init__(
@@ -46,16 +52,22 @@ class TargetSource:
         on_miss: OnMiss,
         teacher: Teacher | None = None,
         writer: Writer | None = None,
+        max_teacher_length: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.on_miss = on_miss
         self._stack = Stack(stores)
         self._teacher = teacher
         self._writer = writer
+        self._most = max_teacher_length
 
     def missing(self, sequences: Sequence[TokenSequence]) -> int:
         """How many of these documents have a trained position that the stores do not answer; reads no values."""
         return sum(bool(s.trained[self._answered(s) :].any()) for s in sequences)
+
+    def beyond(self, sequences: Sequence[TokenSequence]) -> int:
+        """How many trained positions neither the stores answer nor the teacher will be asked for; reads no values."""
+        return sum(int(s.trained[max(self._answered(s), self._reach(s)) :].sum()) for s in sequences)
 
     def answer(
         self, sequences: Sequence[TokenSequence], epoch: int = 0, temperature: float | None = None
@@ -73,9 +85,14 @@ class TargetSource:
         answers = [self._look_up(sequence, epoch, temperature) for sequence in sequences]
         count, lost = Count(), []
         for i, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
-            answered = 0 if answer is None else len(answer)
-            count += Count(int(sequence.trained[:answered].sum()), int(sequence.trained[answered:].sum()))
-            if sequence.trained[answered:].any():
+            answered = sequence.answered(0 if answer is None else len(answer))
+            reach = self._reach(sequence) if self.on_miss == "online" else len(sequence.trained)
+            hits, misses, unasked = (
+                int(sequence.trained[part].sum())
+                for part in (slice(answered), slice(answered, None), slice(max(answered, reach), None))
+            )
+            count += Count(hits, misses, unasked)
+            if misses > unasked:
                 lost.append(i)
         if lost and self.on_miss == "error":
             raise MissingTargetsError(
@@ -87,7 +104,7 @@ class TargetSource:
             recipe = self.recipe
             if self._writer is None and not self._stack.stores and temperature is not None:  # nobody reads the others
                 recipe = replace(recipe, temperatures=(temperature,))
-            records = self._teacher.records([sequences[i].token_ids for i in lost], recipe)
+            records = self._teacher.records([self._live_ids(sequences[i]) for i in lost], recipe)
             for i, record in zip(lost, records, strict=True):
                 live, stored = recipe.read(record.records, temperature, epoch), answers[i]
                 answers[i] = live if stored is None else stored.followed_by(live)
@@ -95,7 +112,7 @@ class TargetSource:
                 self._writer.append([record for record in records if record.key not in self._writer])
                 if sum(len(record.records) for record in self._writer.pending.values()) >= SHARD_POSITIONS:
                     self._writer.commit(list(self._writer.pending))
-        return answers, count
+        return [sequence.own(answer) for sequence, answer in zip(sequences, answers, strict=True)], count
 
     def close(self) -> None:
         """Make a shard of what was kept."""
@@ -103,13 +120,33 @@ class TargetSource:
             self._writer.commit(list(self._writer.pending))
 
     def _answered(self, sequence: TokenSequence) -> int:
-        if self._writer is not None and document_key(sequence.token_ids) in self._writer:
-            return len(sequence.trained)
-        return self._stack.answered(sequence.token_ids)
+        """How many leading positions of the document are answered without the teacher."""
+        positions = self._stack.answered(sequence.asked_ids)
+        if self._cut(sequence) and positions < len(self._live_ids(sequence)) - 1:
+            positions = max(positions, self._stack.answered(self._live_ids(sequence)))
+        if self._writer is not None and document_key(self._live_ids(sequence)) in self._writer:
+            positions = max(positions, len(self._live_ids(sequence)) - 1)
+        return sequence.answered(positions)
+
+    def _live_ids(self, sequence: TokenSequence) -> npt.NDArray[np.int32]:
+        """What of a document the teacher is given."""
+        return sequence.asked_ids[: self._most]
+
+    def _cut(self, sequence: TokenSequence) -> bool:
+        return self._most is not None and len(sequence.asked_ids) > self._most
+
+    def _reach(self, sequence: TokenSequence) -> int:
+        """How many leading positions of the document the teacher would answer."""
+        return sequence.answered(len(self._live_ids(sequence)) - 1)
 
     def _look_up(self, sequence: TokenSequence, epoch: int, temperature: float | None) -> SparseTargets | None:
-        if self._writer is not None:
-            kept = self._writer.pending.get(document_key(sequence.token_ids))
+        """What is known of what the teacher reads, without asking it."""
+        found = self._stack.get(sequence.asked_ids, temperature, epoch)
+        most = len(self._live_ids(sequence)) - 1
+        if self._writer is not None and (found is None or len(found) < most):
+            kept = self._writer.pending.get(document_key(self._live_ids(sequence)))
             if kept is not None:
                 return self.recipe.read(kept.records, temperature, epoch)
-        return self._stack.get(sequence.token_ids, temperature, epoch)
+        if self._cut(sequence) and (found is None or len(found) < most):  # a short beginning has a key and no more
+            found = self._stack.get(self._live_ids(sequence), temperature, epoch) or found
+        return found

@@ -44,11 +44,11 @@ from distill_trainer.report import TrainReport
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
+from distill_trainer.two_prompts import read_both
 from distill_trainer.weights import weighted
-from logitstore.documents import read_documents
 from logitstore.errors import MissingTargetsError, ModelError, StoreError
 from logitstore.prefetch import prefetched
-from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
+from logitstore.sequences import TokenizeReport, TokenSequence, require_ids_below
 from logitstore.targets import SparseTargets
 
 AHEAD = 2
@@ -70,18 +70,9 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     """
     (require_run if config.resume else require_new)(Path(config.out))
     stores = open_stores(config)
-    rows = read_documents(config.dataset, split=config.split, columns=config.columns)
     student = load_student(config)
     report = TokenizeReport()
-    sequences = read_sequences(
-        rows,
-        student.tokenizer,
-        config.max_seq_length,
-        report,
-        quiet=config.quiet,
-        columns=config.columns,
-        mask_prompt=config.mask_prompt,
-    )
+    sequences = read_both(config, config.dataset, config.split, config.columns, student.tokenizer, report)
     say(report.describe("--max-seq-length"))
     sequences = weighted(sequences, config, student.tokenizer, say)
     sequences, draw = choose(config, stores, sequences, say)
@@ -169,7 +160,7 @@ def run_steps(
                 collated = [collate(chosen, targets, weighing) for chosen, targets, _ in answered]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
-                taught = alpha > 0 and count.hits + (count.misses if on_miss == "online" else 0) > 0
+                taught = alpha > 0 and count.hits + (count.misses - count.unasked if on_miss == "online" else 0) > 0
                 n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
                 if batches:
                     means, gradients = mean_gradient(partial(step, objective.at(report.steps + 1)), batches)
@@ -194,6 +185,7 @@ def run_steps(
                     "ce_loss": ce_loss,
                     "hits": count.hits,
                     "misses": count.misses,
+                    **({"unasked": count.unasked} if config.max_teacher_length else {}),
                     "trained_tokens": n,
                     "alpha": alpha,
                     "learning_rate": optimizer.learning_rate.item() if config.lr_schedule else config.learning_rate,
@@ -283,6 +275,12 @@ def say_coverage(
     if config.store:
         there = len(sequences) - missing
         say(f"{there:,} of {len(sequences):,} documents are in the store; on a miss: {config.miss_policy}")
+    beyond = source.beyond(sequences) if config.max_teacher_length else 0
+    if beyond:
+        say(
+            f"{beyond:,} trained positions lie beyond the first {config.max_teacher_length:,} tokens that the teacher "
+            "reads: they are trained on their labels alone"
+        )
     if missing and config.miss_policy == "error":
         raise MissingTargetsError(
             f"{missing:,} of {len(sequences):,} documents are not in the store (is --max-seq-length "
