@@ -70,6 +70,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9.5rem, 2
 dl div { padding: 0.625rem 0.875rem; }
 dt { color: var(--muted); font-size: 0.8125rem; }
 dd { margin: 0; font-size: 1.375rem; line-height: 1.25; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+.texts { grid-template-columns: 1fr; }
+.texts dd { font-size: 0.9375rem; line-height: 1.45; letter-spacing: 0; white-space: pre-wrap; }
 dd small { display: block; color: var(--muted); font-size: 0.8125rem; line-height: 1.4; letter-spacing: 0; }
 @media print { body { background: none; } figure, .table, dl { break-inside: avoid; } }
 """
@@ -131,6 +133,21 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Passages to read, each under its name; lines stay lines."""
+
+    items: tuple[tuple[str, str], ...]
+
+    def html(self) -> str:
+        """As a <dl>."""
+        items = "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{chr(10).join(map(escape, text.splitlines()))}</dd></div>"
+            for name, text in self.items
+        )
+        return f'<dl class="texts">{items}</dl>'
+
+
+@dataclass(frozen=True)
 class Figure:
     """A plot: SVG elements (`body`, already escaped) in a box of WIDTH x height, and the same in words and numbers."""
 
@@ -167,7 +184,7 @@ class Section:
     """A part of a page: a heading, a sentence under it or none, and what it shows."""
 
     title: str
-    content: Sequence[Figure | Table | Facts]
+    content: Sequence[Figure | Table | Facts | Texts]
     remark: str = ""
 
     def html(self) -> str:

@@ -18,7 +18,11 @@ from logitstore.verify import verify
 from tests.runs import World, make_world
 from tests.stores import VOCABULARY, manifest, records
 
-COMMANDS = {"logitstore": "distill_cli.logitstore", "distill-train": "distill_cli.distill_train"}
+COMMANDS = {
+    "logitstore": "distill_cli.logitstore",
+    "distill-train": "distill_cli.distill_train",
+    "distill-eval": "distill_cli.distill_eval",
+}
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,9 @@ from tools.bench_text import teacher_path, texts
 VOCAB = 1024
 WINDOW_CHARACTERS = 256
 SHARE = 2
-"""Every second window is taken."""
+"""Every second window is the teacher's text."""
+STUDENT_SHARE = 4
+"""And every fourth of those the students'."""
 HELD_OUT = 25
 """Every 25th document."""
 
@@ -88,7 +90,11 @@ def small_world(out: Path, steps: int) -> World:
             _save(_llama(tokenizer, hidden=64, layers=4, seed=seed + 1), tokenizer, path)
         return _trainable(load_model(path))
 
-    return World("small", teacher, student, data[0], train, held_out, steps, 12, 3e-3)
+    few = folder / "student.jsonl"
+    few.write_text(
+        "".join(data[0].read_text(encoding="utf-8").splitlines(keepends=True)[::STUDENT_SHARE]), encoding="utf-8"
+    )
+    return World("small", teacher, student, few, train[::STUDENT_SHARE], held_out, steps, 12, 3e-3)
 
 
 def smollm2_world(out: Path, steps: int) -> World:

@@ -109,6 +109,7 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     type=int,
     help="A checkpoint after every N steps and at the end.  [default: only where the run is stopped]",
 )
+@click.option("--report-samples", default=0, show_default=True, help="Prompts answered on OUT/report.html.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out: type its command again, and this.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML with these names as keys.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")

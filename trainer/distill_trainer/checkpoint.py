@@ -47,7 +47,7 @@ from logitstore.sequences import TokenSequence
 OPTIMIZER = "optimizer.safetensors"
 STATE = "training.json"
 _KEY = "random_state"
-_FREE = {"out", "quiet", "resume", "save_every", "steps_per_eval", "domain_column", "store"}
+_FREE = {"out", "quiet", "resume", "save_every", "report_samples", "steps_per_eval", "domain_column", "store"}
 """Config fields that may differ; stores are held against each other by content."""
 
 

@@ -61,12 +61,37 @@ class Compared:
             mx.minimum(p, q).sum(axis=-1),
             -at_ids(log_q, self.labels[:, None])[:, 0],
         ]
-        correct = np.array(best == self.labels)
-        confidence = np.array(mx.exp(log_q.max(axis=-1)), np.float64)
-        numbers = np.minimum(np.ceil(confidence * BINS).astype(np.int64) - 1, BINS - 1)
-        bins = np.zeros((BINS, 3))
-        np.add.at(bins, np.maximum(numbers, 0), np.stack([np.ones(len(correct)), confidence, correct], axis=1))
-        return Sums(len(correct), np.array(mx.stack(rows)).sum(axis=1, dtype=np.float64), bins)
+        sums = np.array(mx.stack(rows)).sum(axis=1, dtype=np.float64)
+        return Sums(len(self.labels), sums, calibration(log_q, self.labels))
+
+
+def calibration(log_q: mx.array, labels: mx.array) -> npt.NDArray[np.float64]:
+    """Positions, sum of confidence and of correct predictions by bins of confidence max q, [BINS, 3].
+
+    Args:
+        log_q: float32 [n, V]; a student's log-probs.
+        labels: int32 [n].
+    """
+    correct = np.array(log_q.argmax(axis=-1) == labels)
+    confidence = np.array(mx.exp(log_q.max(axis=-1)), np.float64)
+    numbers = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    bins = np.zeros((BINS, 3))
+    np.add.at(bins, numbers, np.stack([np.ones(len(correct)), confidence, correct], axis=1))
+    return bins
+
+
+def expected_calibration_error(bins: npt.NDArray[np.float64]) -> float:
+    """sum over bins of n_b / n · |accuracy_b - confidence_b|."""
+    counts, confidence, correct = bins.T
+    return float(np.abs(correct - confidence).sum() / counts.sum())
+
+
+def reliability(bins: npt.NDArray[np.float64]) -> tuple[tuple[int, float, float], ...]:
+    """Of each bin: positions, mean confidence, share of them where the likeliest token was the label."""
+    counts, confidence, correct = bins.T
+    each = np.maximum(counts, 1)
+    columns = counts.astype(int).tolist(), (confidence / each).tolist(), (correct / each).tolist()
+    return tuple(zip(*columns, strict=True))
 
 
 def log_softmax(logits: mx.array) -> mx.array:

@@ -108,6 +108,8 @@ class TrainConfig:
     seed: int = 0
     save_every: int | None = None
     """A checkpoint after every so many steps, and at the end. None: only where the run is stopped."""
+    report_samples: int = 0
+    """How many prompts the trained student answers on the page of the run."""
     resume: bool = False
     """Go on with the run in `out` where its last checkpoint was made."""
     quiet: bool = False
@@ -239,6 +241,10 @@ class TrainConfig:
         _require(
             self.keep_layers is None or self.keep_layers >= 1,
             f"keep_layers is {self.keep_layers}, expected at least 1; type --keep-layers 10",
+        )
+        _require(
+            self.report_samples >= 0,
+            f"report_samples is {self.report_samples}, expected at least 0; type --report-samples 3",
         )
         _require(self.seed >= 0, f"seed is {self.seed}, expected at least 0; type --seed 0")
         if self.select is not None:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from distill_trainer.comparison import NOTHING, Compared, Sums
+from distill_trainer.comparison import NOTHING, Compared, Sums, expected_calibration_error, reliability
 from logitstore.errors import ConfigError, DatasetError
 from logitstore.forward import document_logits, logit_rows
 from logitstore.model import LoadedModel
@@ -44,20 +44,17 @@ class Evaluation:
     perplexity: float
     """exp of the mean of -log q(label), the label being the token that followed."""
     ece: float
-    """Expected calibration error: sum over bins of n_b / n · |accuracy_b - confidence_b|, confidence being max q."""
+    """Expected calibration error, confidence being max q: `comparison.expected_calibration_error`."""
     bins: tuple[tuple[int, float, float], ...]
-    """Of each bin of confidence: positions, mean confidence, share of them where the likeliest token was the label."""
+    """`comparison.reliability`."""
 
     @classmethod
     def of(cls, sums: Sums) -> "Evaluation":
         """From sums over positions."""
         n = sums.positions
         kl, reverse_kl, agreement, top5, acceptance, nll = (sums.per_position / n).tolist()
-        counts, confidence, correct = sums.bins.T
-        ece = float(np.abs(correct - confidence).sum() / n)
-        each = np.maximum(counts, 1)
-        bins = zip(counts.astype(int).tolist(), (confidence / each).tolist(), (correct / each).tolist(), strict=True)
-        return cls(n, kl, reverse_kl, agreement, top5, acceptance, math.exp(nll), ece, tuple(bins))
+        ece = expected_calibration_error(sums.bins)
+        return cls(n, kl, reverse_kl, agreement, top5, acceptance, math.exp(nll), ece, reliability(sums.bins))
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from logitstore.errors import ConfigError
 CONFIG = "distill_train.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
+REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 BASE = "base"
 """Folder of an adapter's base, where it is written."""

@@ -40,6 +40,7 @@ from distill_trainer.output import (
     require_run,
     writing,
 )
+from distill_trainer.pages import save_run_page
 from distill_trainer.report import TrainReport
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
@@ -121,6 +122,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
             if run.steps and (run.interrupted or config.save_every):
                 checkpoints.save(run)
+            save_run_page(config, student, held_out or sequences, say)
     if isinstance(failure, StoreError):
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
     return run
