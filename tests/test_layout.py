@@ -26,7 +26,13 @@ ONLY_IN = {
     "lmdb": {"logitstore.lmdb_file"},
     "obstore": {"logitstore.remote_files"},
     "click": {"distill_cli.*"},
-    "mlx_lm": {"logitstore.model", "logitstore.gguf", "distill_trainer.optimizer", "distill_trainer.student"},
+    "mlx_lm": {
+        "logitstore.model",
+        "logitstore.gguf",
+        "distill_trainer.answers",
+        "distill_trainer.optimizer",
+        "distill_trainer.student",
+    },
     "datasets": {"logitstore.documents"},
 }
 NEED_MLX = {
