@@ -6,6 +6,8 @@
     ├── ConfigError               a flag or a config key that cannot be used
     ├── DatasetError              a dataset that is missing, empty or malformed
     ├── ModelError                a teacher or student that does not load
+    │   └── UnusableLogitsError   a teacher whose logits are no numbers on a document
+    ├── TeacherLostError          a live teacher that answers no more
     ├── MissingTargetsError       the store has no answer and nobody else may give one
     └── StoreError
         ├── StoreNotFoundError    no store at this path
@@ -33,6 +35,14 @@ class DatasetError(LogitstoreError):
 
 class ModelError(LogitstoreError):
     """A teacher or student that does not load."""
+
+
+class UnusableLogitsError(ModelError):
+    """A teacher's logits are NaN or infinite on a document."""
+
+
+class TeacherLostError(LogitstoreError):
+    """A live teacher that answers no more."""
 
 
 class MissingTargetsError(LogitstoreError):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from logitstore import device_selection
 from logitstore.digest import adapter_digest, config_digest, weights_digest
-from logitstore.errors import ModelError
+from logitstore.errors import UnusableLogitsError
 from logitstore.forward import document_logits
 from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.model import load_model
@@ -64,7 +64,7 @@ class Teacher:
         """Run documents of token ids [L] as one batch, and keep what the recipe says of each position.
 
         Raises:
-            ModelError: the teacher gives NaN or infinite logits.
+            UnusableLogitsError: the teacher gives NaN or infinite logits.
         """
         return [finish() for finish in self.submit(documents, recipe, at_once)]
 
@@ -74,7 +74,7 @@ class Teacher:
         """The same, but what needs no model is left to `submit`, as `Worker.submit`; calling the results waits for it.
 
         Raises:
-            ModelError: the teacher gives NaN or infinite logits; here, or when a result is called.
+            UnusableLogitsError: the teacher gives NaN or infinite logits; here, or when a result is called.
         """
         return [
             partial(
@@ -111,7 +111,7 @@ class Teacher:
         try:
             return select()
         except ValueError as error:
-            raise ModelError(f"teacher {self.loaded.name} cannot be used: {error}") from error
+            raise UnusableLogitsError(f"teacher {self.loaded.name} cannot be used: {error}") from error
 
 
 def _numbered(parts: Iterator[mx.array]) -> Iterator[tuple[int, mx.array]]:

@@ -128,7 +128,10 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
             "distill-train --student {student} --teacher {folder}/narrow --dataset {data} --out {new}",
             r"holds token \d+, but the teacher knows 270 tokens",
         ),
-        (TRAIN + " --teacher {teacher} --on-miss skip", r"--teacher is never asked with --on-miss skip; leave it out"),
+        (
+            TRAIN + " --teacher {teacher} --on-miss error",
+            r"--teacher is never asked with --on-miss error; leave it out",
+        ),
         # places
         (TRAIN + " --out {store}/run", r"store.zarr/run lies inside .*, which is a store; type --out"),
         (BUILD + " --out {store}/shards/x.zarr", r"x.zarr lies inside .*, which is a store; type --out"),

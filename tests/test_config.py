@@ -99,9 +99,9 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str
         ({"on_miss": "online"}, "--teacher"),
         ({"teacher_adapter_path": "a"}, "--teacher"),
         ({"store": []}, "--store"),
-        ({"store": [], "teacher": "t", "on_miss": "skip"}, "--on-miss online"),
+        ({"store": [], "teacher": "t", "on_miss": "error"}, "--on-miss online"),
         ({"write_back": True}, "--teacher"),
-        ({"write_back": True, "teacher": "t", "on_miss": "skip"}, "--on-miss online"),
+        ({"write_back": True, "teacher": "t", "on_miss": "error"}, "--on-miss online"),
     ],
 )
 def test_a_value_out_of_range_names_the_flag_that_mends_it(values: dict[str, Any], flag: str) -> None:

@@ -190,7 +190,7 @@ def test_every_step_is_one_json_object_and_the_resolved_config_lies_beside_it(tm
     config = json.loads((tmp_path / "o" / "distill_train.json").read_text())
     assert (config["on_miss"], config["temperature"], config["iters"]) == ("error", None, 3)
     summary = json.loads((tmp_path / "o" / "summary.json").read_text())
-    assert summary["count"] == {"hits": report.count.hits, "misses": 0, "unasked": 0}
+    assert summary["count"] == {"hits": report.count.hits, "misses": 0, "unasked": 0, "failed": 0}
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(tmp_path: Path, world: World) -> None:

@@ -31,7 +31,8 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option(
     "--on-miss",
     type=click.Choice(["online", "hard-only", "skip", "error"]),
-    help="What to do at a position that no store answers.  [default: online with a teacher, else error]",
+    help="What to do at a position that no store answers; with --teacher, that it does not answer either, where online "
+    "stops the run.  [default: online with a teacher, else error]",
 )
 @click.option("--write-back", is_flag=True, help="Keep the teacher's answers in the first store.")
 @click.option(
@@ -137,6 +138,7 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
         click.echo(
             f"{report.steps:,} steps, {report.trained_tokens:,} tokens at {report.tokens_per_second:,.0f} tokens/s; "
             f"{report.count.hits:,} hits, {report.count.misses:,} misses (positions)"
+            + (f", {report.count.failed:,} of them not answered by the teacher" if report.count.failed else "")
         )
         if report.valid:
             click.echo(f"held-out loss {report.valid['valid_loss']:.4f}")

@@ -41,7 +41,8 @@ class TrainConfig:
     mix: str | None = None
     """COLUMN:VALUE=SHARE,...: how much of an epoch each value of the dataset's column gives."""
     on_miss: OnMiss | None = None
-    """What to do at a position that no store answers. None: online with a teacher, else error."""
+    """What to do at a position that no store answers, and with a teacher, that it does not answer either: online stops
+    the run there. None: online with a teacher, else error."""
     write_back: bool = False
     teacher_prompt_template: str | None = None
     """The words around each row's prompt, with {input} where that stands, as the teacher reads it."""
@@ -171,7 +172,7 @@ class TrainConfig:
             "predict; type --max-teacher-length 512",
         )
         _require(
-            self.max_teacher_length is None or (self.miss_policy == "online" and self.distils),
+            self.max_teacher_length is None or (self.teacher is not None and self.distils),
             "--max-teacher-length bounds what a live teacher is asked, and none is; type --teacher T with it",
         )
         _require(
@@ -285,18 +286,18 @@ class TrainConfig:
             "nothing to distil from; type --store STORE, --teacher T, or --alpha 0 for cross-entropy alone",
         )
         _require(
-            self.teacher is None or not self.store or self.miss_policy == "online",
-            f"--teacher is never asked with --on-miss {self.on_miss}; leave it out, or type --on-miss online",
+            self.teacher is None or not self.store or self.miss_policy != "error",
+            "--teacher is never asked with --on-miss error; leave it out, or type --on-miss online",
         )
         _require(
-            not self.distils or bool(self.store) or self.miss_policy == "online",
-            f"without --store every position is a miss, and --on-miss {self.on_miss} never asks the teacher; "
+            not self.distils or bool(self.store) or self.miss_policy != "error",
+            "without --store every position is a miss, and --on-miss error never asks the teacher; "
             "type --on-miss online, or --alpha 0 for cross-entropy alone",
         )
         _require(
-            not self.write_back or (bool(self.store) and self.miss_policy == "online" and self.distils),
+            not self.write_back or (bool(self.store) and self.teacher is not None and self.distils),
             "--write-back keeps a teacher's answers in a store; "
-            "type --store STORE, --teacher T, --on-miss online and an --alpha above 0 with it",
+            "type --store STORE, --teacher T and an --alpha above 0 with it",
         )
 
     def _require_temperature(self) -> None:

@@ -65,6 +65,8 @@ class HeldOut:
         finally:
             head.model.train(training)
         figures: Figures = {"valid_hits": self.count.hits, "valid_misses": self.count.misses}
+        if self.count.failed:
+            figures["valid_failed"] = self.count.failed
         for domain, (total, kd, ce, answered, positions) in sorted(sums.items()):
             figures[f"valid_loss{domain}"] = total / positions if positions else None
             figures[f"valid_kd_loss{domain}"] = kd / answered if answered else None
@@ -124,6 +126,7 @@ def hold_out(
 
     Raises:
         MissingTargetsError: a miss under the policy "error", or under "skip" nothing but misses.
+        TeacherLostError, UnusableLogitsError: under the policy "online".
         CorruptStoreError: a store's bytes are not those that were written.
     """
     if not sequences:

@@ -130,7 +130,7 @@ def answer_sections(given: Sequence[Answer]) -> list[Section]:
 
 
 def _run_facts(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Facts:
-    hits, misses = (sum(line[name] for line in lines) for name in ("hits", "misses"))
+    hits, misses, failed = (sum(line.get(name, 0) for line in lines) for name in ("hits", "misses", "failed"))
     trained = sum(line["trained_tokens"] for line in lines)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     items = [
@@ -138,6 +138,7 @@ def _run_facts(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
         ("trained positions", f"{trained:,}", ""),
         ("hits", f"{hits:,}", "positions that a store answered"),
         ("misses", f"{misses:,}", "positions that none did"),
+        *([("not answered", f"{failed:,}", "misses on which the teacher was silent too")] if failed else []),
     ]
     if losses:
         items.append(("last loss", f"{losses[-1]:.4f}", f"first {losses[0]:.4f}"))

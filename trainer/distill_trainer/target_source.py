@@ -4,7 +4,7 @@ Everything that must fit is held against everything else here, before the first 
 run's temperature and selection, the teacher, the student's tokenizer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,12 +57,15 @@ def open_stores(config: TrainConfig) -> list[Store]:
 
 
 @contextmanager
-def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: object) -> Iterator[TargetSource]:
+def target_source(
+    config: TrainConfig, stores: Sequence[Store], tokenizer: object, say: Callable[[str], object] = lambda _: None
+) -> Iterator[TargetSource]:
     """Give the run its source of targets; what the teacher answered is in the store when the block is left, however.
 
     Args:
         stores: from `open_stores`.
         tokenizer: the student's.
+        say: takes the one line that the teacher is lost, if it is.
 
     Raises:
         IncompatibleStoreError: store, teacher and student do not belong together.
@@ -74,7 +77,7 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
     fingerprint = vocabulary_of(tokenizer).fingerprint()
     for store in stores:
         require_same_tokenizer(store, fingerprint, config.student)
-    if config.teacher is None or config.miss_policy != "online":
+    if config.teacher is None:
         yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
         return
 
@@ -101,7 +104,7 @@ def target_source(config: TrainConfig, stores: Sequence[Store], tokenizer: objec
             stores = [first, *(store for store in stores if store.path != first.path)]
             writer = stack.enter_context(first.writer(WRITE_BACK))
         most = config.max_teacher_length
-        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer, max_teacher_length=most)
+        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer, max_teacher_length=most, say=say)
         stack.callback(source.close)
         yield source
 

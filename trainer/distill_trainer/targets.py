@@ -4,13 +4,14 @@ A miss is decided and counted position by position, and handled by the run's pol
 through the same recipe as a build, so it is what the store would have said; with a writer it is kept for the next run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from distill_trainer.config import OnMiss
+from distill_trainer.live_teacher import LiveTeacher
 from logitstore.contract import Store, Writer
 from logitstore.errors import MissingTargetsError
 from logitstore.key import document_key
@@ -30,9 +31,11 @@ class Count:
     misses: int = 0
     unasked: int = 0
     """Of the misses, those that a live teacher was not asked for, being too far into the document."""
+    failed: int = 0
+    """Of the misses, those that a live teacher was to answer and did not: lost, or without a number to say."""
 
     def __add__(self, other: "Count") -> "Count":
-        return Count(self.hits + other.hits, self.misses + other.misses, self.unasked + other.unasked)
+        return Count(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 class TargetSource:
@@ -40,9 +43,11 @@ class TargetSource:
 
     Args:
         stores: in order of lookup; all with this recipe.
-        teacher: asked on a miss when the policy is "online".
+        on_miss: "error" with no teacher; with one, what is done where it does not answer: "online" stops the run.
+        teacher: asked on a miss.
         writer: keeps the teacher's answers.
         max_teacher_length: tokens of a document that the teacher is given; positions after them have no targets.
+        say: takes the one line that the teacher is lost.
     """
 
     def __init__(
@@ -53,13 +58,19 @@ class TargetSource:
         teacher: Teacher | None = None,
         writer: Writer | None = None,
         max_teacher_length: int | None = None,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.recipe = recipe
         self.on_miss = on_miss
         self._stack = Stack(stores)
-        self._teacher = teacher
+        self._teacher = None if teacher is None else LiveTeacher(teacher, on_miss, say)
         self._writer = writer
         self._most = max_teacher_length
+
+    @property
+    def asks(self) -> bool:
+        """Whether a teacher is asked on a miss."""
+        return self._teacher is not None
 
     def missing(self, sequences: Sequence[TokenSequence]) -> int:
         """How many of these documents have a trained position that the stores do not answer; reads no values."""
@@ -80,36 +91,42 @@ class TargetSource:
 
         Raises:
             MissingTargetsError: a miss under the policy "error".
+            TeacherLostError, UnusableLogitsError: as `LiveTeacher.records`.
             CorruptStoreError: a store's bytes are not those that were written.
         """
         answers = [self._look_up(sequence, epoch, temperature) for sequence in sequences]
-        count, lost = Count(), []
+        count = Count()
+        lost: dict[int, int] = {}  # document's number -> positions that somebody must answer yet
         for i, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
             answered = sequence.answered(0 if answer is None else len(answer))
-            reach = self._reach(sequence) if self.on_miss == "online" else len(sequence.trained)
+            reach = self._reach(sequence) if self.asks else len(sequence.trained)
             hits, misses, unasked = (
                 int(sequence.trained[part].sum())
                 for part in (slice(answered), slice(answered, None), slice(max(answered, reach), None))
             )
             count += Count(hits, misses, unasked)
             if misses > unasked:
-                lost.append(i)
+                lost[i] = misses - unasked
         if lost and self.on_miss == "error":
             raise MissingTargetsError(
-                f"{sequences[lost[0]].where} is not in the store; "
+                f"{sequences[next(iter(lost))].where} is not in the store; "
                 "type --teacher T to ask it live, or --on-miss hard-only or skip"
             )
-        if lost and self.on_miss == "online":
-            assert self._teacher is not None
+        if lost and self._teacher is not None:
             recipe = self.recipe
             if self._writer is None and not self._stack.stores and temperature is not None:  # nobody reads the others
                 recipe = replace(recipe, temperatures=(temperature,))
             records = self._teacher.records([self._live_ids(sequences[i]) for i in lost], recipe)
             for i, record in zip(lost, records, strict=True):
+                if record is None:
+                    count.failed += lost[i]
+                    continue
                 live, stored = recipe.read(record.records, temperature, epoch), answers[i]
                 answers[i] = live if stored is None else stored.followed_by(live)
             if self._writer is not None:
-                self._writer.append([record for record in records if record.key not in self._writer])
+                self._writer.append(
+                    [record for record in records if record is not None and record.key not in self._writer]
+                )
                 if sum(len(record.records) for record in self._writer.pending.values()) >= SHARD_POSITIONS:
                     self._writer.commit(list(self._writer.pending))
         return [sequence.own(answer) for sequence, answer in zip(sequences, answers, strict=True)], count

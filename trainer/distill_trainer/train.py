@@ -27,6 +27,7 @@ from distill_trainer.draw import Draw
 from distill_trainer.gradients import clipped, mean_gradient
 from distill_trainer.held_out import due, hold_out, read_held_out
 from distill_trainer.interrupts import uninterrupted
+from distill_trainer.live_teacher import DONE, SILENT
 from distill_trainer.losses import Loss
 from distill_trainer.objective import Objective
 from distill_trainer.optimizer import make_optimizer
@@ -47,7 +48,7 @@ from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
 from distill_trainer.two_prompts import read_both
 from distill_trainer.weights import weighted
-from logitstore.errors import MissingTargetsError, ModelError, StoreError
+from logitstore.errors import MissingTargetsError, ModelError, StoreError, TeacherLostError
 from logitstore.prefetch import prefetched
 from logitstore.sequences import TokenizeReport, TokenSequence, require_ids_below
 from logitstore.targets import SparseTargets
@@ -59,9 +60,9 @@ AHEAD = 2
 def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
     """Train a student and save it to `config.out`.
 
-    After the first step, Ctrl-C or a store that fails ends the run early, and what was learned and a checkpoint are
-    saved; before it, nothing is left behind. With `config.resume` a run goes on from its last checkpoint as if it had
-    never stopped.
+    After the first step, Ctrl-C, a store that fails or a teacher that is lost ends the run early, and what was learned
+    and a checkpoint are saved; before it, nothing is left behind. With `config.resume` a run goes on from its last
+    checkpoint as if it had never stopped.
 
     Args:
         say: takes one line of text at a time for the user.
@@ -82,7 +83,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
 
     with output_folder(Path(config.out), new=not config.resume) as out:
-        asked = target_source(config, stores, student.tokenizer) if config.distils else nullcontext()
+        asked = target_source(config, stores, student.tokenizer, say) if config.distils else nullcontext()
         with asked as source:
             if source is not None:
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
@@ -111,7 +112,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
                 run_steps(config, head, optimizer, objective, sequences, draw, held_out, source, checkpoints, run)
-            except (KeyboardInterrupt, StoreError) as error:
+            except (KeyboardInterrupt, StoreError, TeacherLostError) as error:
                 if not run.steps:
                     raise
                 run.interrupted, failure = True, error
@@ -123,8 +124,9 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if run.steps and (run.interrupted or config.save_every):
                 checkpoints.save(run)
             save_run_page(config, student, held_out or sequences, say)
-    if isinstance(failure, StoreError):
-        raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}") from failure
+    if isinstance(failure, StoreError | TeacherLostError):
+        go_on = "; --resume goes on from there" if isinstance(failure, TeacherLostError) else ""
+        raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}{go_on}") from failure
     return run
 
 
@@ -147,7 +149,8 @@ def run_steps(
     answers = answered_batches(
         config, objective, sequences, draw, source, report.steps * config.grad_accumulation_steps
     )
-    if on_miss != "online":  # else two threads would share the GPU
+    asks = source is not None and source.asks
+    if not asks:  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
     step = nn.value_and_grad(model, lambda losses, batch: batch_loss(head, losses, batch))
     bar = tqdm(total=config.iters, initial=report.steps, desc="train", unit="step", disable=config.quiet)
@@ -162,7 +165,7 @@ def run_steps(
                 collated = [collate(chosen, targets, weighing) for chosen, targets, _ in answered]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
-                taught = alpha > 0 and count.hits + (count.misses - count.unasked if on_miss == "online" else 0) > 0
+                taught = alpha > 0 and count.hits + (count.misses - count.unasked - count.failed) * asks > 0
                 n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
                 if batches:
                     means, gradients = mean_gradient(partial(step, objective.at(report.steps + 1)), batches)
@@ -187,6 +190,7 @@ def run_steps(
                     "ce_loss": ce_loss,
                     "hits": count.hits,
                     "misses": count.misses,
+                    **({"failed": count.failed} if asks else {}),
                     **({"unasked": count.unasked} if config.max_teacher_length else {}),
                     "trained_tokens": n,
                     "alpha": alpha,
@@ -276,12 +280,15 @@ def say_coverage(
     missing = source.missing(sequences)
     if config.store:
         there = len(sequences) - missing
-        say(f"{there:,} of {len(sequences):,} documents are in the store; on a miss: {config.miss_policy}")
+        on_miss = f"the teacher is asked, {SILENT[config.miss_policy]}" if source.asks else config.miss_policy
+        say(f"{there:,} of {len(sequences):,} documents are in the store, {missing:,} miss; on a miss: {on_miss}")
+    else:
+        say(f"without a store all of {missing:,} documents miss: the teacher is asked, {SILENT[config.miss_policy]}")
     beyond = source.beyond(sequences) if config.max_teacher_length else 0
     if beyond:
         say(
             f"{beyond:,} trained positions lie beyond the first {config.max_teacher_length:,} tokens that the teacher "
-            "reads: they are trained on their labels alone"
+            f"reads: they are {DONE.get(config.miss_policy, DONE['hard-only'])}"
         )
     if missing and config.miss_policy == "error":
         raise MissingTargetsError(
