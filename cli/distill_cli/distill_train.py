@@ -112,6 +112,10 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 )
 @click.option("--report-samples", default=0, show_default=True, help="Prompts answered on OUT/report.html.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out: type its command again, and this.")
+@click.option(
+    "--report-to", multiple=True, help="tensorboard, wandb, trackio or swanlab: each step's metrics go there too."
+)
+@click.option("--project-name", default="logitstore", show_default=True, help="What the run belongs to there.")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML with these names as keys.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @click.pass_context

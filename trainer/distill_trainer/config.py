@@ -9,6 +9,7 @@ from distill_trainer.losses import Term
 from distill_trainer.mix import Mix
 from distill_trainer.optimizer import OptimizerName, make_optimizer
 from distill_trainer.schedule import Schedule
+from distill_trainer.trackers import PROJECT, require_installed
 from logitstore.condition import Condition
 from logitstore.errors import ConfigError
 from logitstore.measures import require_name
@@ -113,6 +114,10 @@ class TrainConfig:
     """How many prompts the trained student answers on the page of the run."""
     resume: bool = False
     """Go on with the run in `out` where its last checkpoint was made."""
+    report_to: tuple[str, ...] = ()
+    """Where each step's metrics go besides OUT/metrics.jsonl: see `distill_trainer.trackers`."""
+    project_name: str = PROJECT
+    """What the run belongs to there."""
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -143,6 +148,7 @@ class TrainConfig:
         for flag, name in (("--sample", self.sample), ("--curriculum", self.curriculum)):
             if name is not None:
                 require_name(name, f"{flag} {name}")
+        require_installed(self.report_to)
         if self.mix is not None:
             Mix.parse(self.mix)
         _require(

@@ -3,13 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import distill_kernels
 from distill_kernels import on_tier
@@ -46,6 +46,7 @@ from distill_trainer.report import TrainReport
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
+from distill_trainer.trackers import tracked
 from distill_trainer.two_prompts import read_both
 from distill_trainer.weights import weighted
 from logitstore.errors import MissingTargetsError, ModelError, StoreError, TeacherLostError
@@ -111,7 +112,10 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if head.reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
-                run_steps(config, head, optimizer, objective, sequences, draw, held_out, source, checkpoints, run)
+                with tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say) as track:
+                    run_steps(
+                        config, head, optimizer, objective, sequences, draw, held_out, source, checkpoints, run, track
+                    )
             except (KeyboardInterrupt, StoreError, TeacherLostError) as error:
                 if not run.steps:
                     raise
@@ -141,6 +145,7 @@ def run_steps(
     source: TargetSource | None,
     checkpoints: Checkpoints,
     report: TrainReport,
+    track: Callable[[Mapping[str, Any]], None],
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
     model = head.model
@@ -205,6 +210,7 @@ def run_steps(
                     report.valid = watched.measure(head)
                     report.final |= report.valid
                 append_metrics(Path(config.out), report.final)
+                track(report.final)
                 shown = {"loss": loss, "valid": report.valid.get("valid_loss")} if watched else {"loss": loss}
                 bar.set_postfix({k: "-" if v is None else f"{v:.3f}" for k, v in shown.items()}, refresh=False)
                 bar.update()
