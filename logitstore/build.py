@@ -19,7 +19,7 @@ from logitstore.fill import fill
 from logitstore.journal import WRITE_BACK, commit_leftovers
 from logitstore.live import keep_fidelity
 from logitstore.manifest import Manifest
-from logitstore.plan import Part, windows
+from logitstore.plan import Part, shard_positions, windows
 from logitstore.prompts import prompted, read_template
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
@@ -47,6 +47,8 @@ class BuildConfig:
     log_z: tuple[float, ...] = ()
     prompt_template: str | None = None
     """The words around each row's prompt, with {input} where that stands."""
+    hidden_layers: tuple[int, ...] = ()
+    """Layers, numbered from 0, whose hidden states are kept too."""
     max_length: int = 2048
     batch_tokens: int = 2048
     limit: int | None = None
@@ -61,7 +63,7 @@ class BuildConfig:
         Raises:
             ConfigError: naming the flag.
         """
-        self.recipe(vocab_size=1 << 31)
+        self.recipe(vocab_size=1 << 31, hidden_size=1 if self.hidden_layers else 0)
         Part.parse(self.shard)
         read_template(self.prompt_template, "--prompt-template")
         if self.batch_tokens < 1:
@@ -78,8 +80,8 @@ class BuildConfig:
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError(f"seed is {self.seed}, expected 0 to 2^64 - 1; type --seed 0")
 
-    def recipe(self, vocab_size: int) -> Recipe:
-        """What is kept, for a teacher whose LM head is so wide.
+    def recipe(self, vocab_size: int, hidden_size: int = 0) -> Recipe:
+        """What is kept, for a teacher whose LM head and, where any are kept, hidden states are so wide.
 
         Raises:
             ConfigError: naming the flag.
@@ -92,7 +94,17 @@ class BuildConfig:
             replicas=self.replicas,
             tail_log_probs=self.tail_log_probs,
             log_z=self.log_z,
+            hidden_layers=self.hidden_layers,
+            hidden_size=hidden_size,
         )
+
+    def recipe_of(self, teacher: Teacher) -> Recipe:
+        """What is kept of this teacher.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        return self.recipe(teacher.vocab_size, teacher.hidden_size(self.hidden_layers))
 
 
 @dataclass(frozen=True)
@@ -129,10 +141,12 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
         open_store(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
     rows = documents_of(config)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    recipe = config.recipe_of(teacher)
     survey = survey_of(config, rows, teacher)
     say(survey.report.describe("--max-length", len(survey.keys)))
 
-    recipe = config.recipe(teacher.vocab_size)
+    if recipe.hidden_layers:
+        say(recipe.hidden_cost)
     store = open_or_create(config.out, manifest_of(config, teacher), teacher)
     commit_leftovers(store, WRITE_BACK)
     todo = survey.to_do(part, store)
@@ -149,7 +163,8 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
         with tqdm(total=positions, unit="tok", desc="teacher", disable=config.quiet or not missing) as bar:
             if todo.size:
                 sequences = tokenize(documents_of(config), teacher.tokenizer, config.max_length)
-                wanted = windows(sequences, lambda key: part.holds(key) and key not in store)
+                most = shard_positions(recipe)
+                wanted = windows(sequences, lambda key: part.holds(key) and key not in store, most)
                 fill(wanted, teacher, recipe, writer, config.batch_tokens, bar.update)
     elapsed_s = time.perf_counter() - started
     keep_fidelity(store, teacher, quiet=config.quiet)
@@ -177,7 +192,7 @@ def documents_of(config: BuildConfig) -> Iterator[Document]:
 def manifest_of(config: BuildConfig, teacher: Teacher) -> Manifest:
     """What the store says of itself."""
     template = read_template(config.prompt_template, "--prompt-template")
-    return replace(teacher.manifest(config.recipe(teacher.vocab_size)), prompt_template=template)
+    return replace(teacher.manifest(config.recipe_of(teacher)), prompt_template=template)
 
 
 def survey_of(config: BuildConfig, rows: Iterable[Document], teacher: Teacher) -> Survey:

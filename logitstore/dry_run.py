@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitstore.build import BuildConfig, documents_of, manifest_of, survey_of
 from logitstore.key import document_key
-from logitstore.plan import Part, plan_batches, window_count
+from logitstore.plan import Part, plan_batches, shard_positions, window_count
 from logitstore.sealed import GROUP
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
@@ -40,6 +40,7 @@ def estimate(config: BuildConfig) -> Estimate:
     there = open_store(config.out) if config.out.exists() else None
     rows = documents_of(config)
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
+    recipe = config.recipe_of(teacher)
     survey = survey_of(config, rows, teacher)
     summary = survey.report.describe("--max-length", len(survey.keys))
     manifest = manifest_of(config, teacher)
@@ -47,6 +48,8 @@ def estimate(config: BuildConfig) -> Estimate:
         there.manifest.require_compatible(manifest, config.out)
         summary = f"{len(there):,} documents are already there"
     todo = survey.to_do(part, there)
+    if recipe.hidden_layers:
+        summary += f"\n{recipe.hidden_cost}"
     if not todo.size:
         return Estimate(summary, 0, 0, 0, 0.0, 0.0)
     positions = int(survey.positions[todo].sum())
@@ -76,7 +79,7 @@ def estimate(config: BuildConfig) -> Estimate:
         positions=positions,
         probed_positions=probed,
         disk_bytes=bytes_per_position * positions
-        + shard_bytes * window_count(survey.positions[todo].tolist())
+        + shard_bytes * window_count(survey.positions[todo].tolist(), shard_positions(recipe))
         + (empty_bytes + index_bytes if there is None else 0),
         elapsed_s=elapsed_s * positions / probed,
     )

@@ -34,7 +34,8 @@ def export(
 ) -> ExportReport:
     """Write columns token_ids [L]; ids and weights [L - 1, entries]; log_tail_mass, label_log_prob and entropy [L - 1].
 
-    A position has its entries with a weight above 0. Documents are in the store's order. Appears whole or not at all.
+    A position has its entries with a weight above 0; hidden states are left out. Documents are in the store's order.
+    Appears whole or not at all.
 
     Raises:
         ConfigError: `out` is there or no .parquet path, or the store does not serve the temperature.

@@ -184,7 +184,8 @@ def agreement(stored: SparseTargets, live: SparseTargets) -> tuple[int, int, int
     Returns:
         (entries, equal entries, identical positions): the stored entries that are not empty; those that are kept now
         with exactly the same weight, wherever in their row; the positions of which everything is equal, tail mass,
-        label, entropy and optional planes included.
+        label, entropy and optional planes included, but hidden states: these are rounded finer than a teacher computes
+        twice.
 
     Raises:
         ValueError: the two are not about the same positions, or keep different numbers of entries.
@@ -196,6 +197,8 @@ def agreement(stored: SparseTargets, live: SparseTargets) -> tuple[int, int, int
     equal = int((stored_weights[in_stored] == live_weights[in_live]).sum())
     identical = np.ones(len(stored), bool)
     for field in fields(SparseTargets):
+        if field.name == "hidden":
+            continue
         a, b = getattr(stored, field.name), getattr(live, field.name)
         if a is None or b is None or a.shape != b.shape:  # a plane that is optional
             identical &= a is b

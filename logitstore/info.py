@@ -8,6 +8,7 @@ from typing import Any
 
 from logitstore.contract import Store
 from logitstore.fidelity import Fidelity
+from logitstore.hidden_states import layer_width
 from logitstore.journal import journals
 
 
@@ -51,6 +52,11 @@ def to_text(facts: dict[str, Any], path: object) -> str:
     }
     if facts.get("prompt_template") is not None:
         lines["prompt"] = json.dumps(facts["prompt_template"])
+    if layers := recipe.get("hidden_layers"):
+        lines["hidden"] = (
+            f"states after layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}, {recipe['hidden_size']:,} "
+            f"wide, {len(layers) * layer_width(recipe['hidden_size']):,} bytes a token before compression"
+        )
     if facts.get("imported"):
         lines["imported"] = f"from {facts['imported']}; unknown: {', '.join(facts['unknown']) or 'nothing'}"
     if facts["fidelity"]:

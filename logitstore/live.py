@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from logitstore.contract import Store
@@ -18,6 +19,9 @@ FEWEST, MOST = 256, 4096
 DOCUMENT_POSITIONS = 512
 """Of a document no more than its beginning, so that the sample has many."""
 SEED = 0
+HIDDEN_TOLERANCE = 0.05
+"""Of a layer's norm at a position: what `hidden_states` rounds away is 1.6 % at most, 0.8 % as a rule; the rest is for
+the teacher's own rounding in bfloat16. Another teacher is 100 % off."""
 LEAST_EQUAL = 0.99
 """Share of equal entries. A teacher's batch shapes differ in a few of ten thousand; another teacher in most."""
 
@@ -67,23 +71,34 @@ class Replay:
     positions: int
     identical_positions: int
     fidelity: Fidelity
+    hidden_near: int | None = None
+    """Positions whose hidden states lie within HIDDEN_TOLERANCE of the live ones; None where none are kept."""
 
     @property
     def ok(self) -> bool:
-        """Whether so many entries are equal as are where only the teacher's own rounding differs."""
-        return self.equal_entries >= LEAST_EQUAL * self.entries
+        """Whether entries are equal, and hidden states near, as where only the teacher's own rounding differs."""
+        near = self.hidden_near is None or self.hidden_near >= LEAST_EQUAL * self.positions
+        return near and self.equal_entries >= LEAST_EQUAL * self.entries
 
     def to_text(self) -> str:
         """A few lines for people."""
         return (
             f"live: {self.documents:,} documents, {self.equal_entries:,} of {self.entries:,} entries equal the live "
             f"teacher's, {self.identical_positions:,} of {self.positions:,} positions to the last bit\n"
+            + ("" if self.hidden_near is None else self._hidden_text())
             + self.fidelity.to_text()
+        )
+
+    def _hidden_text(self) -> str:
+        return (
+            f"hidden states: {self.hidden_near:,} of {self.positions:,} positions within {HIDDEN_TOLERANCE:.0%} of the "
+            "live teacher's\n"
         )
 
     def to_json(self) -> dict[str, Any]:
         """The same as JSON values."""
-        names = ("documents", "entries", "equal_entries", "positions", "identical_positions")
+        names = ["documents", "entries", "equal_entries", "positions", "identical_positions"]
+        names += ["hidden_near"] if self.hidden_near is not None else []
         return {name: getattr(self, name) for name in names} | {"ok": self.ok, "fidelity": self.fidelity.to_json()}
 
 
@@ -97,20 +112,33 @@ def replay(store: Store, teacher: Teacher, count: int, seed: int, *, quiet: bool
     store.manifest.require_teacher(teacher.manifest(recipe), store.path)
     documents = min(count, len(store))
     numbers = np.random.default_rng(seed).choice(len(store), documents, replace=False).tolist()
-    entries = equal = positions = identical = 0
+    entries = equal = positions = identical = near = 0
     meter = FidelityMeter(teacher.vocab_size, recipe.temperatures[0])
     for number in tqdm(numbers, desc="live", unit="doc", disable=quiet):
         token_ids, stored = store.document(number)
         parts, first = [], 0
-        for rows in teacher.logits(token_ids):
-            meter.add(rows, stored.rows(slice(first, first + len(rows))))
-            parts.append(recipe.record(token_ids, rows, first))
+        for rows, hidden in teacher.outputs(token_ids, recipe.hidden_layers):
+            held = stored.rows(slice(first, first + len(rows)))
+            meter.add(rows, held)
+            parts.append(recipe.record(token_ids, rows, first, hidden=hidden))
+            if held.hidden is not None and hidden is not None:
+                near += int(_are_near(held.hidden, hidden).sum())
             first += len(rows)
         live: SparseTargets = recipe.read(np.concatenate(parts))
         found = agreement(stored, live)
         entries, equal, identical = entries + found[0], equal + found[1], identical + found[2]
         positions += len(stored)
-    return Replay(documents, entries, equal, positions, identical, meter.result())
+    hidden_near = near if recipe.hidden_layers else None
+    return Replay(documents, entries, equal, positions, identical, meter.result(), hidden_near)
+
+
+def _are_near(stored: npt.NDArray[np.float32], live: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Whether every layer of positions [P, layers, D] lies within HIDDEN_TOLERANCE of its norm: [P]."""
+    off = np.linalg.norm(stored.astype(np.float64) - live, axis=2)
+    near: npt.NDArray[np.bool_] = (off <= HIDDEN_TOLERANCE * np.linalg.norm(live.astype(np.float64), axis=2)).all(
+        axis=1
+    )
+    return near
 
 
 def _some(documents: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -1,10 +1,11 @@
 """The bytes of what an LMDB store holds: its keys, a document's record, the counts. FORMAT.md says what lies where.
 
-A record is the streams of `streams` and `position_streams`, one frame for each set of entries and one for what is kept
-beside them, so that a reader decompresses the set that it wants. Ranks come from a table that the store keeps, and a
-record names its own. Measured on 112,000 positions of SmolLM2-135M at threshold:16, in documents of 512 tokens, in
-bytes a position: record columns transposed 36.2 (zstd 3) or 35.8 (9), these streams 31.5 with ids for ranks, 28.8 with
-ranks of 500 positions, 27.7 of 4,000, 27.0 of all. So it is these streams, with tables that follow the store's growth.
+A record is the streams of `streams`, `position_streams` and `hidden_states`, one frame for each set of entries, one for
+what is kept beside them and one for each layer, so that a reader decompresses what it wants. Ranks come from a table
+that the store keeps, and a record names its own. Measured on 112,000 positions of SmolLM2-135M at threshold:16, in
+documents of 512 tokens, in bytes a position: record columns transposed 36.2 (zstd 3) or 35.8 (9), these streams 31.5
+with ids for ranks, 28.8 with ranks of 500 positions, 27.7 of 4,000, 27.0 of all. So it is these streams, with tables
+that follow the store's growth.
 """
 
 import struct
@@ -16,7 +17,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from logitstore import position_streams, streams
+from logitstore import hidden_states, position_streams, streams
 from logitstore.chunks import CRC, checked, pack, unchecked, unpack
 from logitstore.codec import Codes, from_record, to_record
 from logitstore.key import document_key
@@ -127,9 +128,10 @@ def row_sum(rows: npt.NDArray[np.uint8]) -> int:
 
 
 def most_record_bytes(positions: int, recipe: Recipe) -> int:
-    """Bytes of a set of entries, or of what is kept beside them, that a document takes at most."""
+    """Bytes of a set of entries, of what is kept beside them, or of a layer, that a document takes at most."""
     beside = position_streams.most_chunk_bytes(positions, recipe.form, len(recipe.log_z))
-    return max(streams.most_chunk_bytes(positions, recipe.form), beside)
+    layer = positions * hidden_states.layer_width(recipe.hidden_size)
+    return max(streams.most_chunk_bytes(positions, recipe.form), beside, layer)
 
 
 def encode(document: DocumentRecord, recipe: Recipe, table: int, rank_of: npt.NDArray[np.uint32]) -> bytes:
@@ -149,6 +151,9 @@ def encode(document: DocumentRecord, recipe: Recipe, table: int, rank_of: npt.ND
         document.records[:, recipe.columns(recipe.sets)], document.token_ids[1:], sets[0], form, rank_of
     )
     frames = [pack(part) for part in (*(streams.to_streams(codes, form, rank_of) for codes in sets), beside)]
+    for number in range(len(recipe.hidden_layers)):
+        layer = hidden_states.to_streams(document.records[:, recipe.layer_columns(number)], recipe.hidden_size)
+        frames.append(pack(layer, level=hidden_states.ZSTD_LEVEL))
     head = _HEAD.pack(document.key, positions + 1, int(document.token_ids[0]), table)
     sizes = np.array([len(frame) for frame in frames], "<u4")
     return b"".join([checked(head + sizes.tobytes()), *frames])
@@ -163,7 +168,7 @@ class Record:
 
     def __init__(self, data: bytes, recipe: Recipe, table: Callable[[int], Ranks]) -> None:
         self._recipe = recipe
-        at = _HEAD.size + 4 * (recipe.sets + 1) + CRC.size
+        at = _HEAD.size + 4 * (recipe.sets + 1 + len(recipe.hidden_layers)) + CRC.size
         head = unchecked(data[:at])
         if len(head) != at - CRC.size:
             raise ValueError("a record that ends too early")
@@ -198,17 +203,30 @@ class Record:
     def targets(self, count: int, temperature: float | None, replica: int) -> SparseTargets:
         """The first `count` positions; see `Recipe.read`."""
         codes = self.codes(self._recipe.set_number(temperature, replica)).rows(slice(count))
-        return self._recipe.read_codes(codes, self._beside[0][:count], temperature)
+        return self._recipe.read_codes(codes, self._beside[0][:count], self._hidden()[:count], temperature)
 
     def document(self) -> DocumentRecord:
         """All of it, as a teacher gave it."""
         sets = [to_record(self.codes(number), self._recipe.form) for number in range(self._recipe.sets)]
-        return DocumentRecord(self.token_ids, np.concatenate([*sets, self._beside[0]], axis=1))
+        return DocumentRecord(self.token_ids, np.concatenate([*sets, self._beside[0], self._hidden()], axis=1))
+
+    def _hidden(self) -> npt.NDArray[np.uint8]:
+        """[P, hidden_width]"""
+        n, size = self.positions, self._recipe.hidden_size
+        parts = []
+        for frame in self._frames[self._recipe.sets + 1 :]:
+            raw = unpack(frame, n * hidden_states.layer_width(size))
+            parts.append(hidden_states.from_streams(raw, n, size))
+        return np.concatenate(parts, axis=1) if parts else np.empty((n, 0), np.uint8)
 
     @cached_property
     def _beside(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
         form, log_z = self._recipe.form, len(self._recipe.log_z)
-        raw = unpack(self._frames[-1], position_streams.most_chunk_bytes(self.positions, form, log_z), at_most=True)
+        raw = unpack(
+            self._frames[self._recipe.sets],
+            position_streams.most_chunk_bytes(self.positions, form, log_z),
+            at_most=True,
+        )
         position, labels = position_streams.from_streams(raw, self.codes(0), form, log_z, self.ranks)
         token_ids = np.concatenate([np.array([self._first], np.uint32).astype(np.int32), labels])
         if document_key(token_ids) != self.key:

@@ -16,6 +16,8 @@ from logitstore.vocabulary import Vocabulary
 FORMAT = "logitstore"
 FORMAT_VERSION = 1
 MOST_TOKENS = 1 << 24
+_LATER = ("prompt template", "hidden layers", "hidden size")
+"""Not part of a fingerprint where a store has none: those that were built before are what they were."""
 ADAPTER = "--adapter-path (in distill-train --teacher-adapter-path)"
 TEMPLATE = "--prompt-template (in distill-train --teacher-prompt-template)"
 
@@ -62,13 +64,15 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Hash of what made the store: 32 hex digits. Names do not count, nor the type a teacher computed in."""
-        left_out = {"prompt template"} if self.prompt_template is None else set()  # it came after the first stores
-        identity = [f"{label}={value}" for label, value, _ in self._identity() if label not in left_out]
+        identity = [
+            f"{label}={value}" for label, value, _ in self._identity() if value is not None or label not in _LATER
+        ]
         return file_digest("\n".join(identity).encode())
 
     def _identity(self) -> list[tuple[str, object, str]]:
         """(what, value, the flag that names it), in the order in which differences are reported."""
         recipe = self.recipe
+        layers = ",".join(map(str, recipe.hidden_layers))
         return [
             ("teacher weights", self.teacher.weights_digest, "--teacher"),
             ("teacher config", self.teacher.config_digest, "--teacher"),
@@ -82,6 +86,8 @@ class Manifest:
             ("log Z", _listed(recipe.log_z) or None, f"--log-z {_listed(recipe.log_z)}".strip()),
             ("seed", recipe.seed, f"--seed {recipe.seed}"),
             ("prompt template", None if self.prompt_template is None else json.dumps(self.prompt_template), TEMPLATE),
+            ("hidden layers", layers or None, f"--hidden-layers {layers}".strip()),
+            ("hidden size", recipe.hidden_size or None, "--teacher"),
         ]
 
     def require_compatible(self, wanted: "Manifest", where: object) -> None:
@@ -120,6 +126,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
         recipe = asdict(self.recipe) | {"selection": str(self.recipe.selection)}
+        if not self.recipe.hidden_layers:  # stores without them are what they were before there were any
+            del recipe["hidden_layers"], recipe["hidden_size"]
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -148,6 +156,11 @@ class Manifest:
                 "type `pip install --upgrade logitstore`"
             )
         recipe = dict(data["recipe"])
+        if unknown_keys := sorted(recipe.keys() - {field.name for field in fields(Recipe)}):
+            raise StoreFormatError(
+                f"{where} keeps {unknown_keys[0]!r}, which this logitstore cannot read; "
+                "type `pip install --upgrade logitstore`"
+            )
         for kind, values in (
             (TeacherIdentity, data["teacher"]),
             (TokenizerIdentity, data["tokenizer"]),
@@ -159,6 +172,10 @@ class Manifest:
         recipe["selection"] = Selection.parse(recipe["selection"])
         for name in ("temperatures", "log_z"):
             recipe[name] = tuple(map(float, recipe[name]))
+        layers = recipe.get("hidden_layers", [])
+        if not (isinstance(layers, list | tuple) and all(type(layer) is int for layer in layers)):
+            raise TypeError("its hidden layers")
+        recipe["hidden_layers"] = tuple(layers)
         imported, unknown = data.get("imported"), data.get("unknown", [])
         if not (
             isinstance(imported, str | None) and isinstance(unknown, list) and all(isinstance(u, str) for u in unknown)

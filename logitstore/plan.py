@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 from logitstore.errors import ConfigError
 from logitstore.key import document_key
+from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
 
 SHARD_POSITIONS = 262_144
+SHARD_HIDDEN_BYTES = 256 << 20
+"""Hidden states of one shard: it is held in memory until it is written."""
+
+
+def shard_positions(recipe: Recipe) -> int:
+    """How many positions make a shard: SHARD_POSITIONS, or as many as have SHARD_HIDDEN_BYTES of hidden states."""
+    return min(SHARD_POSITIONS, max(1, SHARD_HIDDEN_BYTES // max(recipe.hidden_width, 1)))
 
 
 @dataclass(frozen=True)
@@ -44,16 +52,20 @@ class Part:
 
 
 def windows(
-    sequences: Iterable[TokenSequence], wanted: Callable[[bytes], bool]
+    sequences: Iterable[TokenSequence], wanted: Callable[[bytes], bool], positions: int | None = None
 ) -> Iterator[dict[bytes, TokenSequence]]:
-    """Cut the wanted documents, in their order, into windows of SHARD_POSITIONS positions or more: a shard each.
+    """Cut the wanted documents, in their order, into windows of so many positions or more: a shard each.
 
     Equal documents count once: `wanted` is asked for each, and is not expected to know of those that were given in the
     last window.
+
+    Args:
+        positions: by default SHARD_POSITIONS; see `shard_positions`.
     """
+    positions = positions or SHARD_POSITIONS
     window: dict[bytes, TokenSequence] = {}
     last: dict[bytes, TokenSequence] = {}
-    room = SHARD_POSITIONS
+    room = positions
     for sequence in sequences:
         key = document_key(sequence.token_ids)
         if key in window or key in last or not wanted(key):
@@ -62,17 +74,17 @@ def windows(
         room -= len(sequence.trained)
         if room <= 0:
             yield window
-            window, last, room = {}, window, SHARD_POSITIONS
+            window, last, room = {}, window, positions
     if window:
         yield window
 
 
-def window_count(positions: Iterable[int]) -> int:
-    """How many windows documents of so many positions each make."""
+def window_count(positions: Iterable[int], most: int | None = None) -> int:
+    """How many windows of `most` positions documents of so many positions each make."""
     count, room = 0, 0
     for more in positions:
         if room <= 0:
-            count, room = count + 1, SHARD_POSITIONS
+            count, room = count + 1, most or SHARD_POSITIONS
         room -= more
     return count
 

@@ -4,13 +4,13 @@ A build, a miss answered live and a write-back all go through `Recipe.record`; s
 same bytes. A record is one position: its sets of entries one after another, then what is kept once (`codec`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from logitstore import cpu_selection
+from logitstore import cpu_selection, hidden_states
 from logitstore.codec import Codes, Form, encode_position, from_record, position_width, quantize, targets, to_record
 from logitstore.errors import ConfigError
 from logitstore.key import document_key
@@ -53,6 +53,8 @@ class Kept:
     sets: list[tuple[Selected, npt.NDArray[np.float64]]]
     """Each set of entries, with the random numbers that round it."""
     log_z: npt.NDArray[np.float64]
+    hidden: npt.NDArray[np.float32] | None = None
+    """[N, layers, D]"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Recipe:
     """threshold: the tail's entries keep their own log-probs too."""
     log_z: tuple[float, ...] = ()
     """Temperatures of 1 or more at which log sum p^(1 / T) is kept."""
+    hidden_layers: tuple[int, ...] = ()
+    """Layers, numbered from 0, whose output is kept: the residual stream after them."""
+    hidden_size: int = 0
+    """Width of that output; 0 where none is kept."""
 
     def __post_init__(self) -> None:
         for name, temperatures in (("temperature", self.temperatures), ("log-z", self.log_z)):
@@ -98,6 +104,24 @@ class Recipe:
         if self.tail_log_probs and self.selection.kind != "threshold":
             raise ConfigError(f"selection {self.selection} has no tail entries; leave --tail-log-probs out")
         self.selection.require_vocab(self.vocab_size)
+        self._check_hidden()
+
+    def _check_hidden(self) -> None:
+        layers = self.hidden_layers
+        listed = ",".join(map(str, layers))
+        if len(layers) > hidden_states.MOST_LAYERS:
+            raise ConfigError(
+                f"hidden-layers names {len(layers)} layers, expected at most {hidden_states.MOST_LAYERS}; type fewer"
+            )
+        if len(set(layers)) < len(layers):
+            raise ConfigError(f"hidden-layers {listed} names one twice; type each once")
+        if not all(0 <= layer < hidden_states.MOST_LAYER_NUMBER for layer in layers):
+            raise ConfigError(f"hidden-layers {listed} names what is no layer; type numbers from 0, as in 6,12")
+        if not (1 <= self.hidden_size <= hidden_states.MOST_SIZE if layers else self.hidden_size == 0):
+            raise ConfigError(
+                f"hidden_size is {self.hidden_size}, expected "
+                + (f"1 to {hidden_states.MOST_SIZE}: the width of the teacher's layers" if layers else "0 of no layers")
+            )
 
     @property
     def form(self) -> Form:
@@ -112,12 +136,38 @@ class Recipe:
     @property
     def record_width(self) -> int:
         """Bytes of one position before compression."""
-        return self.sets * self.form.entries_width + position_width(len(self.log_z))
+        return self.sets * self.form.entries_width + position_width(len(self.log_z)) + self.hidden_width
+
+    @property
+    def hidden_width(self) -> int:
+        """Bytes of a position's hidden states before compression, at the end of its record; 0 where there are none."""
+        return len(self.hidden_layers) * hidden_states.layer_width(self.hidden_size)
 
     def columns(self, number: int) -> slice:
-        """Where set `number` lies in a record; after the last one, what is kept once."""
+        """Where set `number` lies in a record; after the last one, what is kept once beside the entries."""
         width = self.form.entries_width
-        return slice(number * width, (number + 1) * width if number < self.sets else self.record_width)
+        end = (number + 1) * width if number < self.sets else self.record_width - self.hidden_width
+        return slice(number * width, end)
+
+    def layer_columns(self, number: int) -> slice:
+        """Where the hidden states of the layer that is named in place `number` lie in a record."""
+        width = hidden_states.layer_width(self.hidden_size)
+        start = self.record_width - self.hidden_width + number * width
+        return slice(start, start + width)
+
+    @property
+    def hidden_columns(self) -> slice:
+        """Where all of them lie."""
+        return slice(self.record_width - self.hidden_width, self.record_width)
+
+    @property
+    def hidden_cost(self) -> str:
+        """What keeping hidden states adds, in words."""
+        layers = len(self.hidden_layers)
+        return (
+            f"hidden states of {layers} layer{'s' * (layers > 1)} add {self.hidden_width:,} bytes a token "
+            "before compression"
+        )
 
     def set_number(self, temperature: float | None = None, replica: int = 0) -> int:
         """Which set serves a temperature (default: the first) in an epoch's replica, counted modulo how many there are.
@@ -153,20 +203,27 @@ class Recipe:
         }
 
     def record(
-        self, token_ids: npt.NDArray[np.int32], logits: Any, first: int = 0, *, selector: Selector = cpu_selection
+        self,
+        token_ids: npt.NDArray[np.int32],
+        logits: Any,
+        first: int = 0,
+        *,
+        hidden: npt.NDArray[np.float32] | None = None,
+        selector: Selector = cpu_selection,
     ) -> npt.NDArray[np.uint8]:
         """Keep what the recipe says of a document of L tokens at positions first .. first + n - 1.
 
         Args:
             logits: float32 [n, V], those of these positions; what the selector takes.
+            hidden: [n, layers, D], of the same forward pass; where the recipe keeps them.
 
         Returns:
             uint8 [n, record width].
 
         Raises:
-            ValueError: logits that are no distribution.
+            ValueError: logits that are no distribution, or hidden states that are no numbers.
         """
-        return self.encode(self.select(token_ids, logits, first, selector=selector))
+        return self.encode(replace(self.select(token_ids, logits, first, selector=selector), hidden=hidden))
 
     def select(
         self, token_ids: npt.NDArray[np.int32], logits: Any, first: int = 0, *, selector: Selector = cpu_selection
@@ -195,7 +252,14 @@ class Recipe:
     def encode(self, kept: Kept) -> npt.NDArray[np.uint8]:
         """The second half of `record`: what does not."""
         columns = [to_record(quantize(selected, rounding, self.form), self.form) for selected, rounding in kept.sets]
-        return np.concatenate([*columns, encode_position(kept.sets[0][0], kept.log_z)], axis=1)
+        columns.append(encode_position(kept.sets[0][0], kept.log_z))
+        if self.hidden_layers:
+            expected = len(columns[0]), len(self.hidden_layers), self.hidden_size
+            if kept.hidden is None or kept.hidden.shape != expected:
+                found = None if kept.hidden is None else kept.hidden.shape
+                raise ValueError(f"it gives hidden states {found}, expected {expected}")
+            columns.append(hidden_states.encode(kept.hidden))
+        return np.concatenate(columns, axis=1)
 
     def read(self, records: npt.NDArray[np.uint8], temperature: float | None = None, replica: int = 0) -> SparseTargets:
         """Decode a document's records uint8 [P, record width] at a temperature, by default the first.
@@ -205,13 +269,24 @@ class Recipe:
             ValueError: bytes that no encoder writes.
         """
         entries = records[:, self.columns(self.set_number(temperature, replica))]
-        return self.read_codes(from_record(entries, self.form), records[:, self.columns(self.sets)], temperature)
+        position, hidden = records[:, self.columns(self.sets)], records[:, self.hidden_columns]
+        return self.read_codes(from_record(entries, self.form), position, hidden, temperature)
 
     def read_codes(
-        self, codes: Codes, position: npt.NDArray[np.uint8], temperature: float | None = None
+        self,
+        codes: Codes,
+        position: npt.NDArray[np.uint8],
+        hidden: npt.NDArray[np.uint8],
+        temperature: float | None = None,
     ) -> SparseTargets:
-        """The same from the codes of the set that serves the temperature, and what is kept beside them [P, width]."""
+        """The same from the codes of the set that serves the temperature, and what is kept beside them [P, width].
+
+        Args:
+            hidden: [P, hidden_width].
+        """
         found = targets(codes, position, self.form)
+        if self.hidden_layers:
+            found = replace(found, hidden=hidden_states.decode(hidden, len(self.hidden_layers), self.hidden_size))
         if temperature is None or temperature in self.temperatures:
             return found
         assert found.log_z is not None

@@ -29,7 +29,7 @@ from logitstore.gc import QUARANTINE, remove_index
 from logitstore.journal import commit_leftovers
 from logitstore.key import document_key
 from logitstore.manifest import Manifest
-from logitstore.plan import windows
+from logitstore.plan import shard_positions, windows
 from logitstore.prompts import prompted
 from logitstore.recipe import Recipe
 from logitstore.sealed import GROUP, Problem, seal_group
@@ -291,6 +291,6 @@ def _recompute(
         store.writer(WRITER) as writer,
         tqdm(total=lost.positions, unit="tok", desc="teacher", disable=quiet) as bar,
     ):
-        fill(windows(checked(), wanted), teacher, recipe, writer, batch_tokens, bar.update)
+        fill(windows(checked(), wanted, shard_positions(recipe)), teacher, recipe, writer, batch_tokens, bar.update)
         writer.commit(list(writer.pending))
     report.recomputed = len(store) - before

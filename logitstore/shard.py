@@ -6,14 +6,14 @@ against their digests.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from logitstore import position_streams, streams
+from logitstore import hidden_states, position_streams, streams
 from logitstore.chunks import ShardedFile, unpack
 from logitstore.codec import Codes, from_record, to_record
 from logitstore.entries import damaged, read_entry
@@ -57,6 +57,13 @@ def write_shard(folder: Path, documents: Sequence[DocumentRecord], recipe: Recip
         position_streams.to_streams(position[rows], labels[rows], first.rows(rows), form, rank_of) for rows in parts
     )
     write_chunks(folder, "positions", beside, position_streams.most_chunk_bytes(n, form, len(recipe.log_z)))
+
+    m = hidden_states.chunk_positions(len(records), recipe.hidden_size)
+    for number in range(len(recipe.hidden_layers)):
+        layer = records[:, recipe.layer_columns(number)]
+        cut = (hidden_states.to_streams(layer[at : at + m], recipe.hidden_size) for at in range(0, len(layer), m))
+        most = m * hidden_states.layer_width(recipe.hidden_size)
+        write_chunks(folder, f"hidden-{number}", cut, most, level=hidden_states.ZSTD_LEVEL)
 
     heads = np.array([(len(document.token_ids), document.token_ids[0]) for document in documents], "<u4")
     keys = np.frombuffer(b"".join(document.key for document in documents), np.uint8).reshape(-1, KEY_BYTES)
@@ -152,6 +159,10 @@ class Shard:
         }
         for number in range(self._recipe.sets):
             expected[f"entries-{number}"] = ((chunks, streams.most_chunk_bytes(n, form)), "uint8")
+        for number in range(len(self._recipe.hidden_layers)):
+            m = self._hidden_n
+            width = m * hidden_states.layer_width(self._recipe.hidden_size)
+            expected[f"hidden-{number}"] = ((-(-self.entry.positions // m), width), "uint8")
         found = {
             name: problem_of(read_group(self._files, f"{self.where}/{name}"), *expected[name]) for name in expected
         }
@@ -192,6 +203,16 @@ class Shard:
         position, labels = (np.concatenate(arrays)[rows] for arrays in zip(*chunks, strict=True))
         return position, labels
 
+    def hidden(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The hidden states of rows start .. stop - 1, encoded [n, hidden_width].
+
+        Raises:
+            CorruptStoreError: the bytes are not those that were written.
+        """
+        layers = range(len(self._recipe.hidden_layers))
+        parts = [self._decoding(f"hidden-{n}", partial(self._hidden, n, start, stop)) for n in layers]
+        return np.concatenate(parts, axis=1) if parts else np.empty((stop - start, 0), np.uint8)
+
     def document(self, number: int) -> DocumentRecord:
         """A document's tokens and records.
 
@@ -201,7 +222,8 @@ class Shard:
         start, stop = self.span(number)
         sets = [to_record(self.codes(i, [(start, stop)]), self._recipe.form) for i in range(self._recipe.sets)]
         position, labels = self.positions(start, stop)
-        return DocumentRecord(self._with_first(number, labels), np.concatenate([*sets, position], axis=1))
+        records = np.concatenate([*sets, position, self.hidden(start, stop)], axis=1)
+        return DocumentRecord(self._with_first(number, labels), records)
 
     def token_ids(self, number: int) -> npt.NDArray[np.int32]:
         """A document's tokens."""
@@ -245,9 +267,24 @@ class Shard:
             self._last_positions = chunk, *self._decoding("positions", read)
         return self._last_positions[1:]
 
-    def _sharded_file(self, name: str, chunk_bytes: int) -> ShardedFile:
+    def _hidden(self, number: int, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        m = self._hidden_n
+        chunks = range(start // m, (stop - 1) // m + 1)
+        rows = [self._hidden_chunk(number, chunk) for chunk in chunks]
+        return np.concatenate(rows)[start - chunks[0] * m : stop - chunks[0] * m]
+
+    def _hidden_chunk(self, number: int, chunk: int) -> npt.NDArray[np.uint8]:
+        m, size = self._hidden_n, self._recipe.hidden_size
+        file = self._sharded_file(f"hidden-{number}", m * hidden_states.layer_width(size), m)
+        return hidden_states.from_streams(file.chunk(chunk), min(m, self.entry.positions - chunk * m), size)
+
+    @property
+    def _hidden_n(self) -> int:
+        return hidden_states.chunk_positions(self.entry.positions, self._recipe.hidden_size)
+
+    def _sharded_file(self, name: str, chunk_bytes: int, chunk_positions: int | None = None) -> ShardedFile:
         if name not in self._sharded:
-            chunks = -(-self.entry.positions // self._n)
+            chunks = -(-self.entry.positions // (chunk_positions or self._n))
             self._sharded[name] = ShardedFile(self._files, f"{self.where}/{name}/c/0/0", chunks, chunk_bytes)
         return self._sharded[name]
 

@@ -99,7 +99,8 @@ def write_all(
     """
     with store.writer(writer) as keeper:
         window: dict[bytes, DocumentRecord] = {}
-        room = plan.SHARD_POSITIONS
+        positions = plan.shard_positions(store.manifest.recipe)
+        room = positions
 
         def finish() -> None:
             fresh = [document for key, document in window.items() if key not in keeper.pending]
@@ -118,7 +119,7 @@ def write_all(
             room -= len(document.records)
             if room <= 0:
                 finish()
-                room = plan.SHARD_POSITIONS
+                room = positions
         if window:
             finish()
         keeper.commit(list(keeper.pending))  # of an earlier, killed command with other documents: true all the same

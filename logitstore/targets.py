@@ -36,6 +36,8 @@ class SparseTargets:
     """[P, k]; every entry's own log-probability, tail entries to the nearest 1/16; where the store keeps these."""
     log_z: npt.NDArray[np.float32] | None = None
     """[P, n]; log sum p^(1 / T) at the recipe's `log_z` temperatures, to the nearest 1/4096."""
+    hidden: npt.NDArray[np.float32] | None = None
+    """[P, n, D]; the residual stream after the recipe's `hidden_layers`, in their order; see `hidden_states`."""
 
     def __len__(self) -> int:
         return len(self.positions)

@@ -27,9 +27,16 @@ def chunk_file(dimensions: int) -> str:
     return "/".join(["c", *["0"] * dimensions])
 
 
-def write_chunks(group: Path, name: str, chunks: Iterable[Iterable[npt.NDArray[np.uint8]]], chunk_bytes: int) -> None:
+def write_chunks(
+    group: Path,
+    name: str,
+    chunks: Iterable[Iterable[npt.NDArray[np.uint8]]],
+    chunk_bytes: int,
+    *,
+    level: int = ZSTD_LEVEL,
+) -> None:
     """Write a two-dimensional array of bytes whose rows are chunks, each given as its streams."""
-    packed = [pack(streams, chunk_bytes) for streams in chunks]
+    packed = [pack(streams, chunk_bytes, level) for streams in chunks]
     _describe(group, name, (len(packed), chunk_bytes), "uint8", zstd=True, chunk=(1, chunk_bytes))
     _write(group / name, 2, sharded(packed))
 

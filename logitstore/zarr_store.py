@@ -349,7 +349,7 @@ class ZarrStore:
         start, _ = shard.span(document)
         codes = shard.codes(recipe.set_number(temperature, replica), [(start, start + count)])
         position, _ = shard.positions(start, start + count)
-        return recipe.read_codes(codes, position, temperature)
+        return recipe.read_codes(codes, position, shard.hidden(start, start + count), temperature)
 
 
 def _write_root(path: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:

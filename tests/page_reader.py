@@ -14,6 +14,7 @@ import numpy.typing as npt
 import zarr
 
 Ints = npt.NDArray[np.int64]
+NO_HIDDEN = np.empty((0, 0), np.float32)
 
 
 class Streams:
@@ -58,6 +59,8 @@ class Position(NamedTuple):
     label_log_prob: float
     entropy: float
     log_z: list[float]
+    hidden: npt.NDArray[np.float32]
+    """[layers, D]"""
 
 
 class PageReader:
@@ -79,6 +82,7 @@ class PageReader:
         self.n = max(1, min(2_048, self.total, (4 << 20) // r))
         assert self.group["entries-0"].shape == (-(-self.total // self.n), self.n * r)
         assert self.group["positions"].shape[1] == self.n * (2 + 2 * self.log_z + self.h + self.b)
+        self.layers, self.d = len(recipe.get("hidden_layers", [])), recipe.get("hidden_size", 0)
         common = Streams(self.group["ranks"][:].reshape(-1)).take(self.group["ranks"].shape[1], 4)
         self.id_of = np.concatenate([common, np.setdiff1d(np.arange(self.vocab), common)])
 
@@ -86,7 +90,9 @@ class PageReader:
         """Key, tokens and positions of each document."""
         rows = self.group["documents"][:]
         heads = rows[:, 16:].copy().view("<u4")
+        hidden = self.hidden()
         positions = [p for chunk in range(-(-self.total // self.n)) for p in self.chunk(chunk)]
+        positions = [p._replace(hidden=hidden[t]) for t, p in enumerate(positions)]
         ends = np.cumsum(heads[:, 0].astype(int) - 1)
         assert ends[-1] == self.total == len(positions)
         parts = [positions[start:end] for start, end in pairwise([0, *ends])]
@@ -94,6 +100,21 @@ class PageReader:
             (row[:16].tobytes(), [int(head[1]), *(p.label for p in part)], part)
             for row, head, part in zip(rows, heads, parts, strict=True)
         ]
+
+    def hidden(self) -> npt.NDArray[np.float32]:
+        d, g = self.d, -(-self.d // 16)
+        found = np.zeros((self.total, self.layers, d), np.float32)
+        for layer in range(self.layers):
+            rows = self.group[f"hidden-{layer}"]
+            n = max(1, min(2_048, self.total, (1 << 18) // (d + 2 * g)))
+            assert rows.shape == (-(-self.total // n), n * (d + 2 * g))
+            for chunk in range(rows.shape[0]):
+                streams, m = Streams(rows[chunk]), min(n, self.total - chunk * n)
+                scales = (streams.take(m * g, 2) << 16).astype(np.uint32).view(np.float32).reshape(m, g)
+                values = (streams.take(m * d) + 128) % 256 - 128
+                found[chunk * n : chunk * n + m, layer] = values.reshape(m, d) * np.repeat(scales, 16, axis=1)[:, :d]
+                assert not streams.row[streams.at :].any()
+        return found
 
     def chunk(self, number: int) -> list[Position]:
         n = min(self.n, self.total - number * self.n)
@@ -112,7 +133,9 @@ class PageReader:
         for t, (first, f) in enumerate(zip(sets[0], found, strict=True)):
             code = (first.codes[f] + next(near_codes)) % 256 if near[t] else next(label_codes)
             label = int(next(others) if f is None else first.ids[f])
-            positions.append(Position([e[t] for e in sets], label, code / -16, entropy[t], log_z[t].tolist()))
+            positions.append(
+                Position([e[t] for e in sets], label, code / -16, entropy[t], log_z[t].tolist(), NO_HIDDEN)
+            )
         return positions
 
     def by_weight(self, e: Entries) -> list[Any]:

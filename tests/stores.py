@@ -47,7 +47,15 @@ def records(lengths: list[int], seed: int = 0, recipe: Recipe | None = None) -> 
 
 def guessed(token_ids: npt.NDArray[np.int32], recipe: Recipe, rng: np.random.Generator) -> DocumentRecord:
     logits = rng.normal(0, 3, (len(token_ids) - 1, recipe.vocab_size)).astype(np.float32)
-    return DocumentRecord(token_ids, recipe.record(token_ids, logits))
+    return DocumentRecord(token_ids, recipe.record(token_ids, logits, hidden=guessed_hidden(recipe, len(logits), rng)))
+
+
+def guessed_hidden(recipe: Recipe, n: int, rng: np.random.Generator) -> npt.NDArray[np.float32] | None:
+    """Hidden states of n positions, a dimension in a hundred much larger than the others; where the recipe has any."""
+    if not recipe.hidden_layers:
+        return None
+    hidden = rng.normal(0, 2, (n, len(recipe.hidden_layers), recipe.hidden_size))
+    return np.asarray(hidden * rng.choice([1, 300], hidden.shape, p=[0.99, 0.01]), np.float32)
 
 
 def small_store(path: Path, shards: int = 2, lengths: tuple[int, ...] = (7, 2, 30)) -> ZarrStore:

@@ -18,7 +18,7 @@ from logitstore.targets import SparseTargets
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
 from tests.page_reader import Ints, Position, Streams, read_page
-from tests.stores import VOCABULARY, contents, manifest, records
+from tests.stores import VOCABULARY, contents, guessed_hidden, manifest, records
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -38,6 +38,8 @@ KINDS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "rare ids": ({"select": "top-k:2", "vocab_size": 600_000}, [4_000, 400]),
     "heads of two bytes": ({"select": "top-k:30000", "vocab_size": 50_000}, [37, 3]),
     "heads of four bytes": ({"select": "top-p:0.999:70000", "vocab_size": 600_000}, [11, 2]),
+    "hidden states": ({"select": "top-k:5", "hidden_layers": (6, 2), "hidden_size": 20, "log_z": (2.0,)}, [30, 9]),
+    "hidden states in two chunks": ({"select": "threshold:4", "hidden_layers": (0,), "hidden_size": 4_000}, [60, 9]),
     "more entries than tokens": ({"select": "threshold:4"}, [5]),
 }
 
@@ -50,7 +52,8 @@ def likely_labels(lengths: list[int], recipe: Recipe) -> list[DocumentRecord]:
         token_ids = rng.integers(0, recipe.vocab_size, length).astype(np.int32)
         logits = rng.normal(0, 3, (length - 1, recipe.vocab_size)).astype(np.float32)
         logits[np.arange(length - 1), token_ids[1:]] += rng.choice([0, 6, 12, 25], length - 1)
-        made.append(DocumentRecord(token_ids, recipe.record(token_ids, logits)))
+        hidden = guessed_hidden(recipe, length - 1, rng)
+        made.append(DocumentRecord(token_ids, recipe.record(token_ids, logits, hidden=hidden)))
     return made
 
 
@@ -104,6 +107,7 @@ def assert_equal(found: SparseTargets, positions: list[Position], number: int, *
     assert found.label_log_prob.tolist() == [p.label_log_prob for p in positions]
     assert found.entropy.tolist() == [p.entropy for p in positions]
     assert found.log_z is None or found.log_z.tolist() == [p.log_z for p in positions]
+    assert found.hidden is None or np.array_equal(found.hidden, [p.hidden for p in positions])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,6 +121,7 @@ def test_a_reader_of_the_page_alone_agrees_on_every_number(tmp_path: Path, kind:
             temperature, replica = recipe.temperatures[number // recipe.replicas], number % recipe.replicas
             found = store.get(tokens, temperature, replica)
             assert found is not None and (found.log_z is not None) == bool(recipe.log_z)
+            assert (found.hidden is not None) == bool(recipe.hidden_layers)
             assert_equal(found, positions, number, own=recipe.tail_log_probs)
 
 
@@ -144,7 +149,7 @@ def test_these_stores_hold_every_form_of_varint_and_of_label(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    "kind", ["threshold in two chunks", "two temperatures, two replicas", "more entries than tokens"]
+    "kind", ["threshold in two chunks", "two temperatures, two replicas", "hidden states", "more entries than tokens"]
 )
 def test_tensorstore_reads_the_same_bytes_of_every_array(tmp_path: Path, kind: str) -> None:
     make(tmp_path / "s", kind)

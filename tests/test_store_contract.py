@@ -233,6 +233,27 @@ class StoreContract:
                 expected = case.recipe.read(document.records, temperature, replica)
                 assert are_equal(store.get(case.token_ids, temperature, replica), expected)
 
+    @pytest.mark.parametrize("size", [20, 20_000])  # of the wide ones a chunk holds 11 positions
+    def test_hidden_states_are_kept_and_answered_as_far_as_the_entries_are(self, path: Path, size: int) -> None:
+        made = manifest(hidden_layers=(4, 1), hidden_size=size)
+        store = create_store(path, made, VOCABULARY)
+        documents = records([7, 60], recipe=made.recipe)
+        add(store, documents[:1])
+        add(store, documents[1:])
+        for document in documents:
+            expected = made.recipe.read(document.records)
+            assert expected.hidden is not None and expected.hidden.shape == (len(expected), 2, size)
+            assert are_equal(store.get(document.token_ids), expected)
+            for cut in (35, 50):
+                if len(document.token_ids) > cut:
+                    assert are_equal(store.get(document.token_ids[:cut]), expected, cut - 1)
+        assert {r.key: r.records.tobytes() for r in map(store.record, range(2))} == {
+            d.key: d.records.tobytes() for d in documents
+        }
+        (codes,) = store.codes([documents[1].token_ids])
+        assert codes is not None and (codes.ids == made.recipe.read(documents[1].records).ids).all()
+        assert verify(path, quiet=True).problems == []
+
     def test_processes_that_create_a_store_at_once_all_succeed(self, path: Path, tmp_path: Path) -> None:
         with run(CREATE, path, stdin=subprocess.PIPE) as one, run(CREATE, path, stdin=subprocess.PIPE) as other:
             for process in (one, other):

@@ -30,6 +30,20 @@ class Numbers(click.ParamType[tuple[float, ...]]):
             self.fail(f"{value!r} is not a list of numbers; type {flag} 1,2", param, context)
 
 
+class Layers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between them: a tuple of ints."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
+        """Read what was typed."""
+        try:
+            return value if isinstance(value, tuple) else tuple(int(number) for number in value.split(","))
+        except ValueError:
+            flag = param.opts[0] if param else ""
+            self.fail(f"{value!r} is not a list of layers; type {flag} 6,12", param, context)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="logitstore")
 def main() -> None:
@@ -59,6 +73,12 @@ def main() -> None:
 @click.option("--tail-log-probs", is_flag=True, help="Keep the tail entries' own log-probs, for losses beyond KL.")
 @click.option("--log-z", type=Numbers(), default=(), help="Temperatures, as in 1,2,4: top-k can be read at them too.")
 @click.option("--prompt-template", help="The words around every prompt, with {input} in its place.")
+@click.option(
+    "--hidden-layers",
+    type=Layers(),
+    default=(),
+    help="Layers from 0, as in 6,12: keep the teacher's hidden states too.",
+)
 @click.option("--max-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
 @click.option("--batch-tokens", default=2048, show_default=True, help="Padded tokens in one teacher batch.")
 @click.option("--limit", type=int, help="Only the first N documents.")
@@ -158,7 +178,8 @@ def verify(
 ) -> None:
     """Check every byte of a store; exit code 1 and the names of what is bad.
 
-    With --repair, what is bad afterwards. With --live, exit code 1 too where less than 99 % of the entries are equal.
+    With --repair, what is bad afterwards. With --live, exit code 1 too where less than 99 % of the entries are equal,
+    or of the positions have hidden states within 5 % of the teacher's.
     """
     quiet = quiet or as_json
     facts: dict[str, Any] = {}

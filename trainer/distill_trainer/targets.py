@@ -15,7 +15,7 @@ from distill_trainer.live_teacher import LiveTeacher
 from logitstore.contract import Store, Writer
 from logitstore.errors import MissingTargetsError
 from logitstore.key import document_key
-from logitstore.plan import SHARD_POSITIONS
+from logitstore.plan import shard_positions
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
 from logitstore.stack import Stack
@@ -127,7 +127,7 @@ class TargetSource:
                 self._writer.append(
                     [record for record in records if record is not None and record.key not in self._writer]
                 )
-                if sum(len(record.records) for record in self._writer.pending.values()) >= SHARD_POSITIONS:
+                if sum(len(record.records) for record in self._writer.pending.values()) >= shard_positions(recipe):
                     self._writer.commit(list(self._writer.pending))
         return [sequence.own(answer) for sequence, answer in zip(sequences, answers, strict=True)], count
 
