@@ -30,6 +30,7 @@ ONLY_IN = {
         "logitstore.model",
         "logitstore.gguf",
         "distill_trainer.answers",
+        "distill_trainer.on_policy",
         "distill_trainer.optimizer",
         "distill_trainer.student",
     },

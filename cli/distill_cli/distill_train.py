@@ -64,6 +64,14 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     show_default=True,
     help="A position weighs 1 + W times its teacher's entropy in nats.",
 )
+@click.option(
+    "--on-policy",
+    default=0.0,
+    show_default=True,
+    help="This share of batches is the student's own completions of their prompts, scored by --teacher.",
+)
+@click.option("--on-policy-temperature", default=1.0, show_default=True, help="Sampling of completions; 0: greedy.")
+@click.option("--on-policy-tokens", default=128, show_default=True, help="A completion has at most N tokens.")
 @click.option("--outcome-column", help="A column of the dataset that each document's loss is multiplied by.")
 @click.option("--select", help="What a live teacher keeps.  [default: as the store, else threshold:16]")
 @click.option(

@@ -69,6 +69,8 @@ class Weighing:
     on_miss: OnMiss
     entropy_weight: float = 0.0
     """See `weights.entropy_factors`."""
+    ce: float = 1.0
+    """What the cross-entropy is multiplied by."""
 
 
 def epochs(
@@ -122,15 +124,16 @@ def collate(
             if target.log_probs is not None:
                 log_probs[answered] = target.log_probs[at]
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
+        ce = np.float32(weighing.ce) * (1 - alpha)
         labels = sequence.token_ids[positions + 1]
-        row = b * t_max + positions, labels, ids, weights, log_probs, tail, alpha, 1 - alpha
+        row = b * t_max + positions, labels, ids, weights, log_probs, tail, alpha, ce
         if not weighs:
             parts.append(row)
             continue
         w = np.ones(n, np.float32) if sequence.weights is None else sequence.weights[positions]
         if weighing.entropy_weight:
             w = w * entropy_factors(target, positions, weighing.entropy_weight)
-        parts.append((*row[:-2], alpha * w, (1 - alpha) * w, w))
+        parts.append((*row[:-2], alpha * w, ce * w, w))
     if not parts:
         return None
     rows, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))

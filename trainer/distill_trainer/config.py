@@ -57,6 +57,12 @@ class TrainConfig:
     think_end: str = "</think>"
     entropy_weight: float = 0.0
     """A position weighs 1 + this · the entropy of its teacher's distribution in nats."""
+    on_policy: float = 0.0
+    """Share of batches that are the student's own completions of their prompts: see `distill_trainer.on_policy`."""
+    on_policy_temperature: float = 1.0
+    """What completions are sampled at; 0 takes the likeliest token."""
+    on_policy_tokens: int = 128
+    """A completion ends here at the latest."""
     outcome_column: str | None = None
     """A column of the dataset: how much each document weighs, true and false being 1 and 0."""
     loss: tuple[str, ...] = ("kl",)
@@ -200,6 +206,7 @@ class TrainConfig:
             "--entropy-weight weighs by the teacher's entropy, and no teacher is read with --alpha 0; "
             "type --alpha 0.9, or leave --entropy-weight out",
         )
+        self._require_on_policy()
         _require(self.iters >= 0, f"iters is {self.iters}, expected at least 0; type --iters 1000")
         _require(self.batch_size >= 1, f"batch_size is {self.batch_size}, expected at least 1; type --batch-size 4")
         _require(
@@ -321,6 +328,33 @@ class TrainConfig:
         _require(
             not self.progressive or self.distils,
             f"--progressive leads alpha from its start to 0, and alpha is {self.alpha}; type --alpha 0.9 with it",
+        )
+
+    def _require_on_policy(self) -> None:
+        _require(0 <= self.on_policy <= 1, f"on_policy is {self.on_policy}, expected 0 to 1; type --on-policy 0.5")
+        _require(
+            not self.on_policy or (self.teacher is not None and self.distils),
+            "--on-policy lets a live teacher score what the student says, and there is none; type --teacher T with it, "
+            "and an --alpha above 0",
+        )
+        _require(
+            not self.on_policy or (self.mask_prompt and self.think_weight is None),
+            "--on-policy keeps each prompt and trains what follows it; leave --no-mask-prompt and --think-weight out, "
+            "or type --on-policy 0",
+        )
+        _require(
+            0 <= self.on_policy_temperature < math.inf,
+            f"on_policy_temperature is {self.on_policy_temperature}, expected a number of at least 0; "
+            "type --on-policy-temperature 1",
+        )
+        _require(
+            self.on_policy_tokens >= 1,
+            f"on_policy_tokens is {self.on_policy_tokens}, expected at least 1; type --on-policy-tokens 128",
+        )
+        _require(
+            bool(self.on_policy) or (self.on_policy_temperature, self.on_policy_tokens) == (1.0, 128),
+            "--on-policy-temperature and --on-policy-tokens say how the student completes prompts, and it completes "
+            "none; type --on-policy 0.5 with them",
         )
 
     @property

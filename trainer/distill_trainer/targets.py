@@ -33,6 +33,10 @@ class Count:
     """Of the misses, those that a live teacher was not asked for, being too far into the document."""
     failed: int = 0
     """Of the misses, those that a live teacher was to answer and did not: lost, or without a number to say."""
+    on_policy: int = 0
+    """Batches of the student's own completions, whose positions are among these too."""
+    generated: int = 0
+    """Tokens of these completions."""
 
     def __add__(self, other: "Count") -> "Count":
         return Count(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -71,6 +75,11 @@ class TargetSource:
     def asks(self) -> bool:
         """Whether a teacher is asked on a miss."""
         return self._teacher is not None
+
+    @property
+    def lost(self) -> bool:
+        """Whether that teacher answers no more."""
+        return self._teacher is not None and self._teacher.lost
 
     def missing(self, sequences: Sequence[TokenSequence]) -> int:
         """How many of these documents have a trained position that the stores do not answer; reads no values."""

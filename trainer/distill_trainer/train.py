@@ -30,6 +30,7 @@ from distill_trainer.interrupts import uninterrupted
 from distill_trainer.live_teacher import DONE, SILENT
 from distill_trainer.losses import Loss
 from distill_trainer.objective import Objective
+from distill_trainer.on_policy import OnPolicy, on_policy, weighing_of
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.output import (
     CONFIG,
@@ -90,6 +91,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
                 say_coverage(source, sequences, config, say)
             make_trainable(student, config)
+            own = on_policy(config, student, sequences, source, say)
             parameters = trainable(student.model).values()
             result_bytes = sum(parameter.nbytes for parameter in parameters)
             # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
@@ -114,7 +116,18 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             try:
                 with tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say) as track:
                     run_steps(
-                        config, head, optimizer, objective, sequences, draw, held_out, source, checkpoints, run, track
+                        config,
+                        head,
+                        optimizer,
+                        objective,
+                        sequences,
+                        draw,
+                        held_out,
+                        source,
+                        checkpoints,
+                        run,
+                        track,
+                        own,
                     )
             except (KeyboardInterrupt, StoreError, TeacherLostError) as error:
                 if not run.steps:
@@ -146,13 +159,14 @@ def run_steps(
     checkpoints: Checkpoints,
     report: TrainReport,
     track: Callable[[Mapping[str, Any]], None],
+    own: OnPolicy | None = None,
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
     model = head.model
     on_miss = "hard-only" if source is None else source.on_miss
     watched = hold_out(config, held_out, source, objective)  # before a second thread reads the stores
     answers = answered_batches(
-        config, objective, sequences, draw, source, report.steps * config.grad_accumulation_steps
+        config, objective, sequences, draw, source, own, report.steps * config.grad_accumulation_steps
     )
     asks = source is not None and source.asks
     if not asks:  # else two threads would share the GPU
@@ -167,7 +181,7 @@ def run_steps(
             with uninterrupted():
                 alpha = config.alpha_schedule.at(report.steps + 1, config.iters)
                 weighing = Weighing(alpha, on_miss, config.entropy_weight)
-                collated = [collate(chosen, targets, weighing) for chosen, targets, _ in answered]
+                collated = [collate(chosen, targets, weighing_of(weighing, each)) for chosen, targets, each in answered]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
                 taught = alpha > 0 and count.hits + (count.misses - count.unasked - count.failed) * asks > 0
@@ -196,6 +210,7 @@ def run_steps(
                     "hits": count.hits,
                     "misses": count.misses,
                     **({"failed": count.failed} if asks else {}),
+                    **({"on_policy": count.on_policy, "generated": count.generated} if own else {}),
                     **({"unasked": count.unasked} if config.max_teacher_length else {}),
                     "trained_tokens": n,
                     "alpha": alpha,
@@ -223,18 +238,23 @@ def answered_batches(
     sequences: list[TokenSequence],
     draw: Draw | None,
     source: TargetSource | None,
+    own: OnPolicy | None = None,
     skip: int = 0,
 ) -> Generator[tuple[list[TokenSequence], list[SparseTargets | None], Count]]:
     """Endless batches of documents and their targets; each epoch reads the next of several stored draws.
 
     Args:
+        own: lets the student, as it is by then, complete some of them.
         skip: batches that have been taken already.
     """
     order = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed, draw)
     for number, (epoch, numbers) in enumerate(islice(order, skip, None), skip):
         temperature = objective.temperature(number // config.grad_accumulation_steps + 1)
-        chosen = [sequences[i] for i in numbers]
-        yield chosen, *(source.answer(chosen, epoch, temperature) if source else ([None] * len(chosen), Count()))
+        documents = [sequences[i] for i in numbers]
+        chosen, generated = (documents, Count()) if own is None else own.batch(documents, number)
+        nothing: list[SparseTargets | None] = [None] * len(chosen)
+        targets, count = source.answer(chosen, epoch, temperature) if source else (nothing, Count())
+        yield chosen, targets, count + generated
 
 
 def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
