@@ -51,6 +51,7 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
         None,
         checkpoints,
         TrainReport(),
+        lambda _: None,
     )
     line = save_student(student, config)
     student.model.eval()
