@@ -66,6 +66,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0;
 td { white-space: nowrap; }
 thead th { border-top: 0; color: var(--muted); font-weight: 500; vertical-align: bottom; }
 tbody th { font-weight: 400; }
+.words th, .words td { text-align: left; white-space: normal; vertical-align: top; }
+.words td:last-child { overflow-wrap: anywhere; min-width: 7.5rem; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9.5rem, 24%), 1fr)); padding: 0.25rem 0; }
 dl div { padding: 0.625rem 0.875rem; }
 dt { color: var(--muted); font-size: 0.8125rem; }
@@ -102,10 +104,12 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers under a header; the first column names the row."""
+    """Rows of numbers, or of words, under a header; the first column names the row."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: bool = False
+    """Cells are texts: to the left, and over several lines where they are long."""
 
     def html(self) -> str:
         """As a <table>."""
@@ -114,7 +118,8 @@ class Table:
             f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
             for first, *rest in self.rows
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        kind = ' class="words"' if self.words else ""
+        return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """`distill-eval`: figures from a store beside those of the live teacher, answers, and pages."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,16 @@ from click.testing import CliRunner
 from distill_cli import distill_eval as command
 from distill_trainer.answers import answers, rouge_l
 from distill_trainer.distill_eval import EvalConfig, Held, distill_eval
+from distill_trainer.evaluate import evaluate
 from distill_trainer.pages import evaluation_page, run_page
-from logitstore.errors import ConfigError
+from distill_trainer.stored_evaluation import evaluate_stored
+from logitstore.errors import ConfigError, ModelError
 from logitstore.model import load_model
+from logitstore.store import open_store
+from logitstore.teacher import Teacher
 from tests.runs import World, make_world
+from tests.test_plots import HOSTILE, assert_good
+from tests.tiny import save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def test_a_sample_gives_what_it_can_without_bias_and_says_what_it_lacks(world: W
         )
     plain = held(world, store=str(world.store)).figures
     assert plain["acceptance"].value is None and "--tail-log-probs" in plain["acceptance"].what
-    assert plain["reverse_kl"].value is None and "sample" in plain["reverse_kl"].what
+    assert plain["reverse_kl"].value is None and "build --tail-log-probs`: a sample" in plain["reverse_kl"].what
     assert plain["top5_agreement"].value is None and "top-k:5" in plain["top5_agreement"].what
 
 
@@ -79,11 +87,13 @@ def test_the_page_of_a_run_shows_its_curves_and_escapes_what_models_write(world:
     page = (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
     for text in ("Loss on held-out documents", "Hit rate", "Answer 2", "learning_rate", "hits"):
         assert text in page
+    assert_good(page)
     found = held(world, teacher=str(world.teacher), samples=1)
     (answer,) = found.answers
-    hostile = Held(**vars(found) | {"answers": (type(answer)("<script>", "a", "b", "c", 0.5),)})
+    hostile = Held(**vars(found) | {"answers": (type(answer)(HOSTILE, "<script>", "b", "c", 0.5),)})
     page = evaluation_page(hostile)
     assert "<script>" not in page and "&lt;script&gt;" in page and "://" not in page
+    assert_good(page)
     assert run_page(tmp_path / "o", hostile).count("Reliability") >= 1
     with pytest.raises(ConfigError, match="holds no run"):
         run_page(tmp_path)
@@ -100,3 +110,93 @@ def test_the_command_prints_a_table_and_writes_numbers_and_page(world: World, tm
     assert (tmp_path / "e.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     result = CliRunner().invoke(command.main, [*args.split(), "--teacher", str(world.teacher)])
     assert result.exit_code == 2 and "type --teacher T, or --store STORE" in result.stderr
+
+
+@pytest.fixture
+def run(world: World, tmp_path: Path) -> Iterator[Path]:
+    world.train(tmp_path / "o", store=(str(world.store),), iters=2)
+    yield tmp_path / "o"
+
+
+def test_a_run_that_was_killed_within_a_line_is_shown_and_a_broken_one_refused(run: Path) -> None:
+    (run / "summary.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert "After 2 steps." in run_page(run) and "not ended" in run_page(run)
+    for broken in ('{"step": 1}\n', "[1]\n", "3\n"):
+        (run / "metrics.jsonl").write_text(broken)
+        with pytest.raises(ConfigError, match="holds no run that can be shown"):
+            run_page(run)
+
+
+@pytest.mark.parametrize("fault", [KeyError("x"), KeyboardInterrupt()])
+def test_a_page_that_fails_does_not_lose_the_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("distill_trainer.pages.answers", fail)
+    report, _ = world.train(tmp_path / "o", store=(str(world.store),), report_samples=1)
+    assert report.steps == 3 and (tmp_path / "o" / "adapters.safetensors").exists()
+    assert not (tmp_path / "o" / "report.html").exists()
+
+
+def test_a_run_is_measured_and_shown_on_one_page(world: World, run: Path, tmp_path: Path) -> None:
+    args = ["--run", run, "--dataset", world.data, "--store", world.store, "--html", tmp_path / "e.html", "--quiet"]
+    result = CliRunner().invoke(command.main, list(map(str, args)))
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "e.html").read_text(encoding="utf-8")
+    assert "What it is worth" in page and "Step by step" in page
+    trained = distill_eval(
+        EvalConfig(str(world.student), str(world.data), str(run), store=str(world.store), quiet=True)
+    )
+    assert f"{trained.figures['kl'].value:.4f}" in result.stdout
+    (run / "adapter_config.json").unlink()
+    result = CliRunner().invoke(command.main, list(map(str, args)))
+    assert result.exit_code == 2 and "has saved no student" in result.stderr
+
+
+def test_a_teachers_padding_beyond_the_student_is_left_out(world: World, tmp_path: Path) -> None:
+    teacher, student = save_tiny_model(tmp_path / "t", seed=5, vocab_size=416), load_model(world.student)
+    world.build(tmp_path / "s", teacher=str(teacher))
+    store, sequences = open_store(tmp_path / "s"), world.sequences()
+    found, sums, outside = evaluate_stored(student, store, sequences, quiet=True), [], 0
+    for s in sequences:
+        targets = store.get(s.token_ids)
+        assert targets is not None
+        z = np.array(student.model(mx.array(s.token_ids[None, :-1]))[0], np.float64)
+        log_q = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        for row in range(len(targets)):
+            there = targets.ids[row] < 384
+            outside += int((~there).sum())
+            cross = -(targets.weights[row][there] * log_q[row, targets.ids[row][there]]).sum()
+            sums.append(cross - targets.entropy[row])
+    assert outside and found.figures["kl"].value == pytest.approx(np.mean(sums), rel=1e-5)
+
+
+def test_a_students_padding_beyond_the_teacher_is_left_out(world: World, tmp_path: Path) -> None:
+    wide = load_model(save_tiny_model(tmp_path / "wide", seed=3, vocab_size=416))
+    live = evaluate({"s": wide}, Teacher(str(world.teacher)), world.sequences(), quiet=True)["s"]
+    stored = evaluate_stored(wide, open_store(world.store), world.sequences(), quiet=True)
+    assert stored.figures["perplexity"].value == pytest.approx(live.perplexity, rel=1e-6)
+
+
+def test_a_student_without_numbers_is_told_and_infinity_is_null(world: World) -> None:
+    student = load_model(world.student)
+    student.model.update({"model": {"norm": {"weight": mx.full((32,), mx.nan)}}})
+    with pytest.raises(ModelError, match="logits that are no numbers"):
+        evaluate({"s": student}, Teacher(str(world.teacher)), world.sequences(), quiet=True)
+    with pytest.raises(ModelError, match="logits that are no numbers"):
+        evaluate_stored(student, open_store(world.store), world.sequences(), quiet=True)
+    found = held(world, store=str(world.store))
+    endless = replace(found, figures={"kl": replace(found.figures["kl"], value=float("inf"))})
+    assert json.loads(json.dumps(endless.to_json(), allow_nan=False))["figures"]["kl"]["value"] is None
+
+
+def test_an_answer_ends_with_any_of_the_models_ends(world: World) -> None:
+    student, sequences = load_model(world.student), world.sequences()[:1]
+    ids = sequences[0].token_ids[: len(sequences[0].token_ids) // 2]
+    first = int(np.array(student.model(mx.array(ids[None])))[0, -1].argmax())
+    ending = replace(student, config=student.config | {"eos_token_id": [0, first]})
+    assert answers(ending, None, sequences, 1)[0].student == ""

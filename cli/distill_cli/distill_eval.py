@@ -26,23 +26,27 @@ from distill_cli.outcome import one_line_errors, say_blas
 def main(run: Path | None, html: Path | None, json_file: Path | None, **options: Any) -> None:
     """Measure how near a student is to its teacher on documents that it was not trained on.
 
-    With --run and --html, and no student, the page of that run is made again.
+    With --run the student is that run's, unless one is typed. With --run and --html alone, the page of that run is made
+    again.
     """
     with one_line_errors("Nothing was written."):
         from distill_trainer.pages import evaluation_page, run_page, save_page
 
+        asked = any(value for name, value in options.items() if name not in ("max_seq_length", "quiet")) or json_file
         if run is not None and html is None:
             raise click.UsageError("--run is shown on a page: type --html PAGE with it.")
-        if run is not None and html is not None and not options["student"]:
+        if run is not None and html is not None and not asked:
             save_page(run_page(run.expanduser()), html)
             click.echo(f"the run in {run} is shown in {html}")
             return
+        from distill_trainer.distill_eval import EvalConfig, distill_eval, save_json, student_of_run
+
+        if run is not None and not options["student"] and not options["adapter_path"]:
+            options["student"], options["adapter_path"] = student_of_run(run.expanduser())
         for name in ("student", "dataset"):
             if not options[name]:
                 raise click.UsageError(f"Missing option '--{name}'.")
         say_blas()
-        from distill_trainer.distill_eval import EvalConfig, distill_eval, save_json
-
         config = EvalConfig(**options)
         held = distill_eval(config, lambda line: None if config.quiet else click.echo(line))
         click.echo(held.to_text())

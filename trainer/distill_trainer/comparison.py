@@ -3,14 +3,17 @@
 p is the teacher's distribution, q the student's, both whole and at temperature 1; natural logarithms.
 """
 
+import math
 from dataclasses import dataclass
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
-from distill_kernels.row_ops import at_ids, log_sum_exp
+from distill_kernels.row_ops import at_ids, log_sum_exp, row_sum
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+
+from logitstore.errors import ModelError
 
 BINS = 15
 """Of confidence, equally wide: Guo et al., "On Calibration of Modern Neural Networks", 2017, section 4."""
@@ -54,11 +57,11 @@ class Compared:
         p, q = mx.exp(log_p), mx.exp(log_q)
         best = log_q.argmax(axis=-1)
         rows = [
-            mx.where(p > 0, p * (log_p - log_q), 0).sum(axis=-1),
-            mx.where(q > 0, q * (log_q - log_p), 0).sum(axis=-1),
+            row_sum(mx.where(p > 0, p * (log_p - log_q), 0)),
+            row_sum(mx.where(q > 0, q * (log_q - log_p), 0)),
             (best == log_p.argmax(axis=-1)).astype(mx.float32),
             _common(_top(log_p), _top(log_q)),
-            mx.minimum(p, q).sum(axis=-1),
+            row_sum(mx.minimum(p, q)),
             -at_ids(log_q, self.labels[:, None])[:, 0],
         ]
         sums = np.array(mx.stack(rows)).sum(axis=1, dtype=np.float64)
@@ -73,7 +76,7 @@ def calibration(log_q: mx.array, labels: mx.array) -> npt.NDArray[np.float64]:
         labels: int32 [n].
     """
     correct = np.array(log_q.argmax(axis=-1) == labels)
-    confidence = np.array(mx.exp(log_q.max(axis=-1)), np.float64)
+    confidence = np.nan_to_num(np.array(mx.exp(log_q.max(axis=-1)), np.float64))  # `perplexity` tells what is none
     numbers = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     bins = np.zeros((BINS, 3))
     np.add.at(bins, numbers, np.stack([np.ones(len(correct)), confidence, correct], axis=1))
@@ -92,6 +95,17 @@ def reliability(bins: npt.NDArray[np.float64]) -> tuple[tuple[int, float, float]
     each = np.maximum(counts, 1)
     columns = counts.astype(int).tolist(), (confidence / each).tolist(), (correct / each).tolist()
     return tuple(zip(*columns, strict=True))
+
+
+def perplexity(nll: float, student: str) -> float:
+    """exp of a mean of -log q(label), infinite where that is beyond a float.
+
+    Raises:
+        ModelError: it is no number, because the student's logits are none.
+    """
+    if math.isnan(nll):
+        raise ModelError(f"student {student} gives logits that are no numbers; type --student with another")
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def log_softmax(logits: mx.array) -> mx.array:

@@ -1,6 +1,7 @@
 """Hold a finished student against its teacher, live or as a store keeps it: numbers, and one page to look at."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
+import mlx.core as mx
 import numpy as np
 
 from distill_trainer.answers import Answer, answers
@@ -16,10 +18,10 @@ from distill_trainer.evaluate import evaluate
 from distill_trainer.stored_evaluation import Stated, evaluate_stored
 from distill_trainer.target_source import require_same_tokenizer
 from logitstore.documents import read_documents
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, first_line
 from logitstore.model import LoadedModel, load_model
 from logitstore.replaced import replaced
-from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences
+from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from logitstore.vocabulary import vocabulary_of
@@ -89,7 +91,9 @@ class Held:
             "against": self.against,
             "positions": self.positions,
             "unanswered_positions": self.unanswered,
-            "figures": {name: vars(stated) for name, stated in self.figures.items()},
+            "figures": {
+                name: {"value": _finite(stated.value), "what": stated.what} for name, stated in self.figures.items()
+            },
             "reliability": [{"positions": n, "confidence": c, "accuracy": a} for n, c, a in self.bins],
             "answers": [vars(answer) for answer in self.answers],
         }
@@ -102,6 +106,29 @@ class Held:
         for name, stated in self.figures.items():
             lines.append(f"{FIGURES[name]:<34} {shown(name, stated.value):>9}  {stated.what}")
         return "\n".join(lines)
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: null stands for it, as for a figure that there is none of."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def student_of_run(run: Path) -> tuple[str, str | None]:
+    """The model that a run has saved, and its adapter where it is one.
+
+    Raises:
+        ConfigError: the folder holds neither.
+    """
+    try:
+        if (run / "adapter_config.json").exists():
+            return str(json.loads((run / "adapter_config.json").read_text(encoding="utf-8"))["model"]), str(run)
+        if not (run / "config.json").exists():
+            raise ValueError("it has neither a model nor an adapter")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{run} has saved no student to measure ({first_line(error)}); type --student S, and --adapter-path A"
+        ) from error
+    return str(run), None
 
 
 def shown(name: str, value: float | None) -> str:
@@ -126,6 +153,7 @@ def distill_eval(config: EvalConfig, say: Callable[[str], object] = lambda _: No
     report = TokenizeReport()
     sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
     say(report.describe("--max-seq-length"))
+    require_ids_below(student.model(mx.array([[0]])).shape[-1], sequences, f"student {student.name}")
     if store is not None:
         require_same_tokenizer(store, vocabulary_of(student.tokenizer).fingerprint(), config.student)
         found = evaluate_stored(student, store, sequences, config.quiet)
@@ -136,6 +164,7 @@ def distill_eval(config: EvalConfig, say: Callable[[str], object] = lambda _: No
         return _with_answers(held, student, None, sequences, config)
     assert config.teacher is not None
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
+    require_ids_below(teacher.vocab_size, sequences, "the teacher")
     measured = evaluate({"student": student}, teacher, sequences, config.quiet)["student"]
     figures = {name: Stated(getattr(measured, name), "exact") for name in FIGURES if name != "similarity"}
     held = Held(student.name, teacher.loaded.name, measured.positions, 0, figures, measured.bins, ())

@@ -3,7 +3,6 @@
 Whole distributions are compared, a chunk of positions at a time, at temperature 1. Nothing is trained or written.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from distill_trainer.comparison import NOTHING, Compared, Sums, expected_calibration_error, reliability
+from distill_trainer.comparison import NOTHING, Compared, Sums, expected_calibration_error, perplexity, reliability
 from logitstore.errors import ConfigError, DatasetError
 from logitstore.forward import document_logits, logit_rows
 from logitstore.model import LoadedModel
@@ -49,12 +48,12 @@ class Evaluation:
     """`comparison.reliability`."""
 
     @classmethod
-    def of(cls, sums: Sums) -> "Evaluation":
-        """From sums over positions."""
+    def of(cls, sums: Sums, name: str) -> "Evaluation":
+        """From sums over positions of a model of this name."""
         n = sums.positions
         kl, reverse_kl, agreement, top5, acceptance, nll = (sums.per_position / n).tolist()
         ece = expected_calibration_error(sums.bins)
-        return cls(n, kl, reverse_kl, agreement, top5, acceptance, math.exp(nll), ece, reliability(sums.bins))
+        return cls(n, kl, reverse_kl, agreement, top5, acceptance, perplexity(nll, name), ece, reliability(sums.bins))
 
 
 def evaluate(
@@ -70,6 +69,7 @@ def evaluate(
     Raises:
         ConfigError: a student whose tokenizer is not the teacher's, or that is named `TEACHER`.
         DatasetError: no documents.
+        ModelError: logits that are no numbers.
     """
     for name, student in students.items():
         if name == TEACHER:
@@ -100,4 +100,4 @@ def evaluate(
                     sums = [total + teacher_rows.with_student(z) for total, z in zip(sums, logits, strict=True)]
                 bar.update(stop - at)
                 at = stop
-    return {name: Evaluation.of(total) for name, total in zip([TEACHER, *students], sums, strict=True)}
+    return {name: Evaluation.of(total, name) for name, total in zip([TEACHER, *students], sums, strict=True)}

@@ -9,7 +9,7 @@ from distill_trainer.answers import Answer, answers
 from distill_trainer.config import TrainConfig
 from distill_trainer.distill_eval import FIGURES, Held, shown
 from distill_trainer.output import CONFIG, METRICS, REPORT, SUMMARY
-from logitstore.errors import ConfigError, LogitstoreError, first_line
+from logitstore.errors import ConfigError, first_line
 from logitstore.model import LoadedModel
 from logitstore.plots import Axis, Facts, Figure, Section, Series, Table, Texts, chart, page
 from logitstore.replaced import replaced
@@ -37,20 +37,25 @@ MOST_POINTS = 400
 
 
 def save_run_page(
-    config: TrainConfig, student: LoadedModel, sequences: Sequence[TokenSequence], say: Callable[[str], object]
+    config: TrainConfig,
+    student: LoadedModel,
+    sequences: Sequence[TokenSequence],
+    say: Callable[[str], object],
+    count: int,
 ) -> None:
-    """Write the page of a run that has just ended, with some of its student's answers; if that fails, only say so.
+    """Write the page of a run that has just been saved, with some of its student's answers; if that fails, say so.
 
     Args:
         sequences: whose prompts are answered.
+        count: how many.
     """
     place = Path(config.out) / REPORT
     try:
         student.model.eval()
-        given = answers(student, None, sequences, config.report_samples, quiet=config.quiet)
+        given = answers(student, None, sequences, count, quiet=config.quiet) if count else []
         save_page(run_page(Path(config.out), given=given), place)
         say(f"the run is shown in {place}")
-    except (LogitstoreError, OSError, ValueError, RuntimeError) as error:
+    except (Exception, KeyboardInterrupt) as error:  # the run is saved, and nothing here may lose it
         say(f"{place} was not written: {first_line(error)}; type distill-eval --run {config.out} --html PAGE")
 
 
@@ -61,16 +66,25 @@ def run_page(run: Path, held: Held | None = None, given: Sequence[Answer] = ()) 
         ConfigError: it is no run's folder, or a file in it is broken.
     """
     try:
-        config = json.loads((run / CONFIG).read_text())
-        lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-        summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).exists() else {}
-        last = lines[-1] if lines else {}
-        facts = _run_facts(lines, summary)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+        whole = [line for line in (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True) if "\n" in line]
+        lines = [json.loads(line) for line in whole]  # a killed run may leave a part of a line after them
+        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8")) if (run / SUMMARY).exists() else {}
+        return _run_page(config, lines, summary, held, given)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{run} holds no run that can be shown ({error}); type the --out of a distill-train run"
+            f"{run} holds no run that can be shown ({first_line(error)}); type the --out of a distill-train run"
         ) from error
-    sections = [Section("What it did", [facts])]
+
+
+def _run_page(
+    config: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    held: Held | None,
+    given: Sequence[Answer],
+) -> str:
+    sections = [Section("What it did", [_run_facts(lines, summary)])]
     if held is not None:
         sections += evaluation_sections(held)
     sections += answer_sections(given)
@@ -82,9 +96,9 @@ def run_page(run: Path, held: Held | None = None, given: Sequence[Answer] = ()) 
         rows = tuple((key.partition("/")[2], key.partition("/")[0], f"{values[key]:.4f}") for key in domains)
         sections.append(Section("Held-out loss by domain", [Table(("domain", "what", "last"), rows)]))
     settings = tuple((key, _said(value)) for key, value in config.items() if value not in (None, [], {}, False))
-    sections.append(Section("Settings", [Table(("key", "value"), settings)]))
-    student, step = config.get("student", ""), last.get("step", 0)
-    return page(f"{Path(str(student)).name} distilled", f"{step:,} of {config.get('iters', 0):,} steps", sections)
+    sections.append(Section("Settings", [Table(("key", "value"), settings, words=True)]))
+    student, step = Path(str(config["student"])).name, lines[-1]["step"] if lines else 0
+    return page(f"{student} distilled", f"{step:,} of {config['iters']:,} steps", sections)
 
 
 def evaluation_page(held: Held) -> str:
@@ -99,7 +113,7 @@ def evaluation_sections(held: Held) -> list[Section]:
     if held.unanswered:
         remark += f" {held.unanswered:,} more are not in the store."
     sections = [
-        Section("What it is worth", [Table(("", "", "what it is"), rows)], remark),
+        Section("What it is worth", [Table(("measure", "value", "what it is"), rows, words=True)], remark),
         Section("Calibration", [reliability_figure(held.bins)], "How often it is right, by how sure it is."),
     ]
     return [*sections, *answer_sections(held.answers)]
@@ -134,7 +148,7 @@ def _run_facts(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
     trained = sum(line["trained_tokens"] for line in lines)
     losses = [line["loss"] for line in lines if line["loss"] is not None]
     items = [
-        ("steps", f"{len(lines):,}", "stopped early" if summary.get("interrupted") else ""),
+        ("steps", f"{len(lines):,}", "stopped early" if summary.get("interrupted") else "" if summary else "not ended"),
         ("trained positions", f"{trained:,}", ""),
         ("hits", f"{hits:,}", "positions that a store answered"),
         ("misses", f"{misses:,}", "positions that none did"),
@@ -148,7 +162,7 @@ def _run_facts(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
     if lines:
         speed = summary.get("tokens_per_second") or lines[-1]["tokens_per_second"]
         items.append(("speed", f"{speed:,.0f}", "positions a second"))
-        items.append(("peak memory", f"{max(line['peak_memory_gb'] for line in lines):.2f} GB", ""))
+        items.append(("peak memory", f"{max(line['peak_memory_gb'] for line in lines):.3g} GB", ""))
     return Facts(tuple(items))
 
 

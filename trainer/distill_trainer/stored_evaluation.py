@@ -4,9 +4,8 @@ Not every store can say everything. Each figure comes with what it is: exact, an
 without a number, why it cannot be said and which flag of `logitstore build` would keep what it takes.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import distill_kernels
 from distill_kernels import on_tier
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate
-from distill_trainer.comparison import BINS, TOP, calibration, log_softmax
+from distill_trainer.comparison import BINS, TOP, calibration, log_softmax, perplexity
 from distill_trainer.losses import Loss, loss_of
 from logitstore.contract import Store
 from logitstore.errors import DatasetError, IncompatibleStoreError
@@ -78,6 +77,7 @@ def evaluate_stored(
         DatasetError: the store answers no trained position.
         ConfigError: it has nothing at temperature 1.
         CorruptStoreError: its bytes are not those that were written.
+        ModelError: logits that are no numbers.
     """
     recipe = store.manifest.recipe
     recipe.set_number(1.0)
@@ -101,14 +101,17 @@ def evaluate_stored(
         for at in range(0, len(answered), logit_rows(recipe.vocab_size)):
             rows = slice(at, at + logit_rows(recipe.vocab_size))
             part = hidden[batch.rows[rows]]
-            logits = head(part) if head.reason is None else part
+            logits = (head(part) if head.reason is None else part)[:, : recipe.vocab_size]
             log_q = log_softmax(logits)
             labels = batch.labels[rows]
             of_label = np.array(mx.take_along_axis(log_q, labels[:, None], axis=-1))[:, 0]
             means["nll"].add(-of_label)
             found.bins += calibration(log_q, labels)
             own = targets.rows(answered[rows])
-            at_entries = np.array(mx.take_along_axis(log_q, batch.ids[rows].astype(mx.int32), axis=-1), np.float64)
+            inside = own.ids < logits.shape[-1]  # a teacher's padding may reach beyond the student's
+            own = replace(own, weights=np.where(inside, own.weights, 0))
+            ids = mx.array(np.where(inside, own.ids, 0).astype(np.int32))
+            at_entries = np.array(mx.take_along_axis(log_q, ids, axis=-1), np.float64)
             if truncated is None:
                 weighed = np.where(own.weights > 0, own.weights * -at_entries, 0).sum(axis=1)
                 means["kl"].add(weighed - own.entropy)
@@ -122,7 +125,7 @@ def evaluate_stored(
             f"{store.path} answers none of the {found.unanswered:,} trained positions; type --dataset with what it was "
             "built of, or --teacher T"
         )
-    found.figures = _stated(means, recipe, reverse)
+    found.figures = _stated(means, recipe, reverse, student.name)
     return found
 
 
@@ -164,8 +167,11 @@ def _reverse_kl(recipe: Recipe, where: str) -> Loss | str:
         return str(error).partition(": ")[2].partition("; ")[0]
 
 
-def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str) -> dict[str, Stated]:
+def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str, student: str) -> dict[str, Stated]:
     selection = recipe.selection
+    own = "--tail-log-probs" if selection.kind == "threshold" else "--select threshold:16 --tail-log-probs"
+    headed, positions = means["agreement"].count, means["nll"].count
+    where = "" if headed == positions else f", over the {headed:,} positions whose likeliest token was kept"
     sampled = "unbiased estimate"
     bound = f"lower bound: {selection} and one cell for the rest"
     nll = means["nll"].value
@@ -174,7 +180,7 @@ def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str) -> dic
         "kl": Stated(means["kl"].value, f"{sampled}, entropy to 1/16 nat" if selection.unbiased else bound),
         "reverse_kl": Stated(
             means["reverse_kl"].value,
-            f"needs more of the store: {reverse}"
+            f"needs `logitstore build {own}`: {reverse}"
             if isinstance(reverse, str)
             else (sampled if selection.unbiased else bound),
         ),
@@ -182,7 +188,7 @@ def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str) -> dic
             means["agreement"].value,
             f"{selection} does not say which token is the likeliest"
             if selection.kind == "random"
-            else "exact to 1/16 nat, where the store keeps the likeliest token",
+            else f"exact to 1/16 nat{where}",
         ),
         "top5_agreement": Stated(
             means["top5_agreement"].value,
@@ -192,9 +198,9 @@ def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str) -> dic
         ),
         "acceptance": Stated(
             means["acceptance"].value,
-            "needs `logitstore build --tail-log-probs`"
+            f"needs `logitstore build {own}`"
             if means["acceptance"].value is None
             else (sampled if selection.unbiased else f"lower bound: over {selection} alone"),
         ),
-        "perplexity": Stated(math.exp(nll), "exact"),
+        "perplexity": Stated(perplexity(nll, student), "exact"),
     }

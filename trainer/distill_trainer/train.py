@@ -140,7 +140,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
             if run.steps and (run.interrupted or config.save_every):
                 checkpoints.save(run)
-            save_run_page(config, student, held_out or sequences, say)
+        save_run_page(config, student, held_out or sequences, say, 0 if run.interrupted else config.report_samples)
     if isinstance(failure, StoreError | TeacherLostError):
         go_on = "; --resume goes on from there" if isinstance(failure, TeacherLostError) else ""
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}{go_on}") from failure
