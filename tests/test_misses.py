@@ -100,6 +100,7 @@ def test_with_a_store_a_lost_teacher_costs_the_misses_alone(
         f"{hits:,} hits, {misses:,} misses (positions), {misses:,} of them not answered by the teacher" in result.output
     )
     assert len(open_store(tmp_path / "s.zarr")) == 6
+    assert "misses on which the teacher was silent too" in (tmp_path / "o" / "report.html").read_text()
 
 
 def test_online_a_lost_teacher_stops_the_run_with_what_was_learned_and_resume_goes_on(
