@@ -44,6 +44,27 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     "NAME[:NUMBER][=WEIGHT]; several are summed.",
 )
 @click.option(
+    "--hidden-loss",
+    type=click.Choice(["mse", "cosine", "l1"]),
+    help="Bring the student's hidden states near the teacher's.",
+)
+@click.option(
+    "--hidden-weight", default=0.1, show_default=True, help="Weight of --hidden-loss beside the other losses."
+)
+@click.option(
+    "--attention-loss",
+    type=click.Choice(["mse", "kl"]),
+    help="Bring the student's attention maps near those of a live teacher.",
+)
+@click.option("--attention-weight", default=0.01, show_default=True, help="Weight of --attention-loss.")
+@click.option(
+    "--layer-map",
+    default="auto",
+    show_default=True,
+    help="Whose layers are compared, from 0: TEACHER:STUDENT pairs as in 6:3,12:6, or skip:2 (teacher's layer 2 s for "
+    "the student's s), or auto: evenly, first to first and last to last.",
+)
+@click.option(
     "--alpha",
     "--kd-ratio",
     type=str,

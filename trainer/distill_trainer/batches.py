@@ -7,7 +7,7 @@ Padding, prompts and skipped positions have no row, so they cost no logits and t
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
@@ -23,6 +23,14 @@ from logitstore.targets import SparseTargets
 
 BUCKET_BATCHES = 8
 """Documents of this many batches are sorted by length together, so that a batch pads little."""
+
+
+class Beside(NamedTuple):
+    """What a method of `distill_trainer.method` has of the teacher for a batch."""
+
+    weights: mx.array
+    """float32 [N]; the rows' weights, 0 where the teacher said nothing."""
+    arrays: tuple[mx.array, ...]
 
 
 class Batch(NamedTuple):
@@ -48,6 +56,13 @@ class Batch(NamedTuple):
     """float32 [N]; weight of the cross-entropy."""
     row_weights: mx.array | None = None
     """float32 [N]; what kd_weight and ce_weight were multiplied by, above 0. None: 1 everywhere."""
+    beside: tuple[Beside, ...] = ()
+    """One for each method of the run."""
+
+    @property
+    def each_weight(self) -> mx.array:
+        """float32 [N]; what each row weighs."""
+        return mx.ones(len(self.rows)) if self.row_weights is None else self.row_weights
 
     @property
     def weight(self) -> mx.array | int:
@@ -136,5 +151,5 @@ def collate(
         parts.append((*row[:-2], alpha * w, ce * w, w))
     if not parts:
         return None
-    rows, *others = (mx.array(np.concatenate(column)) for column in zip(*parts, strict=True))
-    return Batch(mx.array(tokens), rows.astype(mx.int32), *others)
+    columns: list[Any] = [mx.array(np.concatenate(column)) for column in zip(*parts, strict=True)]
+    return Batch(mx.array(tokens), columns[0].astype(mx.int32), *columns[1:])

@@ -7,6 +7,7 @@ Each is a folder that mlx-lm loads as an adapter or a model, and beside the weig
 
     0000120/adapters.safetensors, or a model folder    the student as it was trained, in the dtypes of training
     0000120/optimizer.safetensors                      the optimizer's state; MLX's random state
+    0000120/projectors.safetensors                     what methods beside the student trained of their own
     0000120/training.json                              step, counts, config, what the objective remembers, and what
                                                        stores and documents were
 
@@ -32,6 +33,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import random_key, seed
+from distill_trainer.method import PROJECTORS, Method, load_own, own_parameters, save_own
 from distill_trainer.objective import Objective
 from distill_trainer.output import CHECKPOINTS, METRICS, writing
 from distill_trainer.report import TrainReport
@@ -64,6 +66,7 @@ class Checkpoints:
         stores: Sequence[Store],
         sequences: Sequence[TokenSequence],
         held_out: Sequence[TokenSequence] = (),
+        methods: Sequence[Method] = (),
     ) -> None:
         self._config = config
         self._student = student
@@ -72,6 +75,7 @@ class Checkpoints:
         self._stores = stores
         self._sequences = sequences
         self._held_out = held_out
+        self._methods = methods
         self._folder = Path(config.out) / CHECKPOINTS
         self._losses: list[float] = []
         """Since the last checkpoint."""
@@ -93,6 +97,7 @@ class Checkpoints:
         if not names <= weights.keys():
             raise ModelError(f"{last} lacks weights that this run trains; remove it to go on from an older one")
         self._student.model.load_weights(list(weights.items()), strict=False)
+        load_own(self._methods, last)
         seed(kept.pop(_KEY))
         self._objective.restore(state["objective"])
         self._optimizer.state = tree_unflatten(list(kept.items()))
@@ -122,7 +127,8 @@ class Checkpoints:
         final = self._folder / f"{report.steps:07d}"
         if final.exists():
             return
-        if not all(mx.isfinite(values).all().item() for values in trainable(self._student.model).values()):
+        trained = [*trainable(self._student.model).values(), *own_parameters(self._methods).values()]
+        if not all(mx.isfinite(values).all().item() for values in trained):
             raise ModelError(f"after step {report.steps} some weights are no finite numbers; {self._config.slower}")
         state = {
             "report": asdict(report),
@@ -139,6 +145,7 @@ class Checkpoints:
             try:
                 partial.mkdir()
                 save_weights(self._student, self._config, partial, exact=True)
+                save_own(self._methods, partial)
                 mx.save_safetensors(str(partial / OPTIMIZER), kept)
                 (partial / STATE).write_text(json.dumps(state, indent=1) + "\n")
                 sync(Path(self._config.out) / METRICS)
@@ -233,7 +240,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], TrainReport, dict[str, mx.array
         report = TrainReport(**state["report"] | {"count": Count(**state["report"]["count"])})
         weights: dict[str, mx.array] = {}
         for file in sorted(folder.glob("*.safetensors")):
-            if file.name != OPTIMIZER:
+            if file.name not in (OPTIMIZER, PROJECTORS):
                 weights |= cast(dict[str, mx.array], mx.load(str(file)))
         kept = cast(dict[str, mx.array], mx.load(str(folder / OPTIMIZER)))
         mx.eval(weights, kept)

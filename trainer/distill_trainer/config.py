@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from distill_trainer.layer_map import LayerMap
 from distill_trainer.losses import Term
 from distill_trainer.mix import Mix
 from distill_trainer.optimizer import OptimizerName, make_optimizer
@@ -18,6 +19,8 @@ from logitstore.selection import Selection
 
 OnMiss = Literal["online", "hard-only", "skip", "error"]
 FineTuneType = Literal["lora", "dora", "full"]
+HiddenKind = Literal["mse", "cosine", "l1"]
+AttentionKind = Literal["mse", "kl"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,14 @@ class TrainConfig:
     """A column of the dataset: how much each document weighs, true and false being 1 and 0."""
     loss: tuple[str, ...] = ("kl",)
     """Distillation losses, NAME[:NUMBER][=WEIGHT] each; their weighted sum is trained."""
+    hidden_loss: HiddenKind | None = None
+    """Brings the student's hidden states near the teacher's: see `distill_trainer.hidden`."""
+    hidden_weight: float = 0.1
+    attention_loss: AttentionKind | None = None
+    """Brings the student's attention maps near a live teacher's: see `distill_trainer.attention`."""
+    attention_weight: float = 0.01
+    layer_map: str = "auto"
+    """Which of the teacher's layers teaches which of the student's: auto, skip:N, or TEACHER:STUDENT,..."""
     alpha: float | str = 0.9
     """Weight of the distillation term; cross-entropy weighs 1 - alpha. A number, or a schedule such as
     0.9->0.3:cosine: see `distill_trainer.schedule`."""
@@ -157,6 +168,7 @@ class TrainConfig:
         require_installed(self.report_to)
         if self.mix is not None:
             Mix.parse(self.mix)
+        self._check_methods()
         _require(
             set(self.measures) <= {"length"} or (bool(self.store) and not self.write_back),
             f"{', '.join(self.measures)} of a document is what a store knows before the run; "
@@ -355,6 +367,50 @@ class TrainConfig:
             bool(self.on_policy) or (self.on_policy_temperature, self.on_policy_tokens) == (1.0, 128),
             "--on-policy-temperature and --on-policy-tokens say how the student completes prompts, and it completes "
             "none; type --on-policy 0.5 with them",
+        )
+
+    def _check_methods(self) -> None:
+        for name, kinds in (("hidden", HiddenKind), ("attention", AttentionKind)):
+            kind, weight = getattr(self, f"{name}_loss"), getattr(self, f"{name}_weight")
+            expected = "|".join(get_args(kinds))
+            _require(
+                kind is None or kind in get_args(kinds),
+                f"{name}_loss is {kind!r}, expected one of {expected}; type --{name}-loss {expected}",
+            )
+            _require(
+                0 < weight < math.inf,
+                f"{name}_weight is {weight}, expected a number above 0; type --{name}-weight 0.1, "
+                f"or leave --{name}-loss out",
+            )
+            usual = type(self).__dataclass_fields__[f"{name}_weight"].default
+            _require(
+                kind is not None or weight == usual,
+                f"--{name}-weight weighs a loss that is not given; type --{name}-loss {expected}",
+            )
+            _require(
+                kind is None or self.distils,
+                f"--{name}-loss learns from a teacher, and none is read with --alpha 0; type --alpha 0.9",
+            )
+        LayerMap.parse(self.layer_map)
+        _require(
+            self.layer_map == "auto" or bool(self.hidden_loss or self.attention_loss),
+            "--layer-map says whose layers are compared, and nothing compares them; type --hidden-loss mse too",
+        )
+        _require(
+            self.attention_loss is None or (self.teacher is not None and not self.store),
+            "--attention-loss reads a teacher's attention as it runs, and no store keeps that; "
+            "type --teacher T without --store",
+        )
+        _require(
+            self.attention_loss is None or not self.grad_checkpoint,
+            "--attention-loss reads inside of layers that --grad-checkpoint computes twice; leave one of them out",
+        )
+        _require(
+            bool(self.store)
+            or not (self.hidden_loss or self.attention_loss)
+            or (self.teacher_template == self.student_template and self.max_teacher_length is None),
+            "without a store, --hidden-loss and --attention-loss let the teacher read what the student reads; leave "
+            "prompt templates and --max-teacher-length out, or `logitstore build --hidden-layers` a store",
         )
 
     @property

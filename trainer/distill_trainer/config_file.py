@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from distill_trainer.config import FineTuneType, OnMiss, TrainConfig
+from distill_trainer.config import AttentionKind, FineTuneType, HiddenKind, OnMiss, TrainConfig
 from distill_trainer.mlx_lm_config import translated
 from distill_trainer.optimizer import OptimizerName
 from logitstore.errors import ConfigError
@@ -99,6 +99,8 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str: ("text", _of(str)),
     str | None: ("text", _of(str)),
     OnMiss | None: ("text", _of(str)),
+    HiddenKind | None: ("text", _of(str)),
+    AttentionKind | None: ("text", _of(str)),
     FineTuneType: ("text", _of(str)),
     OptimizerName: ("text", _of(str)),
     float | str: ("a number, or a schedule as in 0.9->0.3:cosine", _number_or_text),

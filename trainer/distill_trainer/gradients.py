@@ -13,8 +13,9 @@ from mlx.utils import tree_map
 from distill_trainer.batches import Batch
 from logitstore.errors import ModelError
 
-Means = tuple[mx.array, mx.array, mx.array]
-"""Total loss and cross-entropy, weighted means over trained positions, around the KL, one over those with targets."""
+Means = tuple[mx.array, ...]
+"""Total loss and cross-entropy, weighted means over trained positions, around the KL, one over those with targets; then
+each method's, over the positions where its teacher said something."""
 
 
 def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[Batch]) -> tuple[Means, Any]:
@@ -25,18 +26,24 @@ def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[
     """
     if len(batches) == 1:
         return step(batches[0])
-    rows = [_number(batch.weight) for batch in batches]
-    answered = [_number(batch.answered_weight) for batch in batches]
-    sums, gradients = [mx.array(0.0)] * 3, None
-    for batch, n, with_targets in zip(batches, rows, answered, strict=True):
-        share = n / sum(rows)
+    weights = [
+        [
+            _number(weight)
+            for weight in (b.weight, b.answered_weight, b.weight, *(each.weights.sum() for each in b.beside))
+        ]
+        for b in batches
+    ]
+    totals = [sum(column) or 1 for column in zip(*weights, strict=True)]
+    sums, gradients = [mx.array(0.0)] * len(totals), None
+    for batch, own in zip(batches, weights, strict=True):
         means, gradient = step(batch)
-        shares = share, with_targets / (sum(answered) or 1), share
+        shares = [weight / total for weight, total in zip(own, totals, strict=True)]
+        share = shares[0]
         sums = [total + part * mean for total, part, mean in zip(sums, shares, means, strict=True)]
         scaled = tree_map(lambda g, share=share: share * g, gradient)
         gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
         mx.eval(gradients, sums)
-    return cast(Means, tuple(sums)), gradients
+    return tuple(sums), gradients
 
 
 def _number(value: mx.array | int) -> float:

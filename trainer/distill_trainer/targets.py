@@ -67,6 +67,7 @@ class TargetSource:
         self.recipe = recipe
         self.on_miss = on_miss
         self._stack = Stack(stores)
+        self.teacher = teacher
         self._teacher = None if teacher is None else LiveTeacher(teacher, on_miss, say)
         self._writer = writer
         self._most = max_teacher_length

@@ -29,6 +29,8 @@ from distill_trainer.held_out import due, hold_out, read_held_out
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.live_teacher import DONE, SILENT
 from distill_trainer.losses import Loss
+from distill_trainer.method import Method, learner, reported, save_own, with_methods, with_teacher
+from distill_trainer.methods import methods_of
 from distill_trainer.objective import Objective
 from distill_trainer.on_policy import OnPolicy, on_policy, weighing_of
 from distill_trainer.optimizer import make_optimizer
@@ -90,9 +92,10 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if source is not None:
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
                 say_coverage(source, sequences, config, say)
+            methods = methods_of(config, student, source, say)
             make_trainable(student, config)
             own = on_policy(config, student, sequences, source, say)
-            parameters = trainable(student.model).values()
+            parameters = trainable(learner(student.model, methods)).values()
             result_bytes = sum(parameter.nbytes for parameter in parameters)
             # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
             checkpoints_bytes = (3 if config.resume else 9) * result_bytes if config.save_every else 0
@@ -102,7 +105,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             )
             run, failure = TrainReport(), None
             objective = Objective(config, None if source is None else source.recipe)
-            checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out)
+            checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out, methods)
             if config.resume:
                 checkpoints.restore(run)
                 say(f"going on after step {run.steps:,}")
@@ -128,6 +131,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                         run,
                         track,
                         own,
+                        methods,
                     )
             except (KeyboardInterrupt, StoreError, TeacherLostError) as error:
                 if not run.steps:
@@ -135,6 +139,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 run.interrupted, failure = True, error
         with uninterrupted(last=True):
             run.load_with = save_student(student, config)
+            with writing(out):
+                save_own(methods, out)
             summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
             with writing(out):
                 (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
@@ -160,9 +166,10 @@ def run_steps(
     report: TrainReport,
     track: Callable[[Mapping[str, Any]], None],
     own: OnPolicy | None = None,
+    methods: Sequence[Method] = (),
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
-    model = head.model
+    model = learner(head.model, methods)
     on_miss = "hard-only" if source is None else source.on_miss
     watched = hold_out(config, held_out, source, objective)  # before a second thread reads the stores
     answers = answered_batches(
@@ -171,7 +178,9 @@ def run_steps(
     asks = source is not None and source.asks
     if not asks:  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
-    step = nn.value_and_grad(model, lambda losses, batch: batch_loss(head, losses, batch))
+    step = nn.value_and_grad(
+        model, lambda losses, batch: with_methods(partial(batch_loss, head, losses), methods, batch)
+    )
     bar = tqdm(total=config.iters, initial=report.steps, desc="train", unit="step", disable=config.quiet)
 
     with closing(answers), bar:
@@ -181,17 +190,21 @@ def run_steps(
             with uninterrupted():
                 alpha = config.alpha_schedule.at(report.steps + 1, config.iters)
                 weighing = Weighing(alpha, on_miss, config.entropy_weight)
-                collated = [collate(chosen, targets, weighing_of(weighing, each)) for chosen, targets, each in answered]
+                collated = [
+                    with_teacher(collate(chosen, targets, weighing_of(weighing, each)), methods, targets)
+                    for chosen, targets, each in answered
+                ]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
                 taught = alpha > 0 and count.hits + (count.misses - count.unasked - count.failed) * asks > 0
                 n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
+                terms: list[float] = []
                 if batches:
                     means, gradients = mean_gradient(partial(step, objective.at(report.steps + 1)), batches)
                     gradients, unclipped = clipped(gradients, config.max_grad_norm)
                     optimizer.update(model, gradients)
                     mx.eval(trainable(model), optimizer.state, means)
-                    loss, kd_loss, ce_loss = (cast(float, mean.item()) for mean in means)
+                    loss, kd_loss, ce_loss, *terms = (cast(float, mean.item()) for mean in means)
                     norm = None if unclipped is None else cast(float, unclipped.item())
                     documents = [sequence for chosen, _, _ in answered for sequence in chosen]
                     require_finite("loss", loss, report.steps + 1, documents, config)
@@ -219,6 +232,7 @@ def run_steps(
                     "tokens_per_second": n / elapsed_s,
                     "peak_memory_gb": mx.get_peak_memory() / 1e9,
                     **objective.shown(report.steps),
+                    **reported(methods, batches, terms),
                 }
                 objective.learned(report.steps, report.final["kd_loss"])
                 if watched is not None and due(config, report.steps):
