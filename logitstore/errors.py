@@ -8,6 +8,7 @@
     ├── ModelError                a teacher or student that does not load
     │   └── UnusableLogitsError   a teacher whose logits are no numbers on a document
     ├── TeacherLostError          a live teacher that answers no more
+    ├── ProcessLostError          one of several processes that train together is gone
     ├── MissingTargetsError       the store has no answer and nobody else may give one
     └── StoreError
         ├── StoreNotFoundError    no store at this path
@@ -43,6 +44,10 @@ class UnusableLogitsError(ModelError):
 
 class TeacherLostError(LogitstoreError):
     """A live teacher that answers no more."""
+
+
+class ProcessLostError(LogitstoreError):
+    """One of several processes that train together is gone."""
 
 
 class MissingTargetsError(LogitstoreError):

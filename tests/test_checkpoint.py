@@ -252,7 +252,7 @@ def test_weights_that_are_no_numbers_are_not_kept_over_good_ones(
         return means, gradients
 
     calls: list[int] = []
-    monkeypatch.setattr("distill_trainer.train.mean_gradient", spoiled)
+    monkeypatch.setattr("distill_trainer.parallel.mean_gradient", spoiled)
     options = {"store": (str(world.store),), "iters": 9, "save_every": 2, "fine_tune_type": "full"}
     with pytest.raises(ModelError, match="after step 4 some weights are no finite numbers; type --learning-rate"):
         world.train(tmp_path / "o", **options)

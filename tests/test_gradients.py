@@ -143,7 +143,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_in_its_step(
         gradients["model"]["norm"]["weight"] *= mx.inf
         return means, gradients
 
-    monkeypatch.setattr("distill_trainer.train.mean_gradient", spoiled)
+    monkeypatch.setattr("distill_trainer.parallel.mean_gradient", spoiled)
     options = {"store": (str(world.store),), "fine_tune_type": "full", "max_grad_norm": 1.0}
     with pytest.raises(ModelError, match=r"the gradient's norm of step 1 is inf on data.jsonl:\d"):
         world.train(tmp_path / "o", **options)

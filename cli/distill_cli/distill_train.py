@@ -105,7 +105,7 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)
 @click.option("--num-layers", default=16, show_default=True, help="How many of the last layers LoRA adapts; -1: all.")
 @click.option("--iters", default=1000, show_default=True, help="Steps of the optimizer.")
-@click.option("--batch-size", default=4, show_default=True, help="Documents in a batch.")
+@click.option("--batch-size", default=4, show_default=True, help="Documents in a batch, of all processes together.")
 @click.option("--grad-accumulation-steps", default=1, show_default=True, help="Batches in a step.")
 @click.option("--max-seq-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
 @click.option("--learning-rate", default=1e-5, show_default=True)
@@ -165,9 +165,12 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
                 raise click.UsageError(f"Missing option '--{name}'.")
         config = config_of(values)
         say_blas()
+        from distill_trainer.parallel import processes
         from distill_trainer.train import train
 
         report = train(config, lambda line: None if config.quiet else click.echo(line))
+        if not processes().first:
+            sys.exit(INTERRUPTED if report.interrupted else 0)
         click.echo(
             f"{report.steps:,} steps, {report.trained_tokens:,} tokens at {report.tokens_per_second:,.0f} tokens/s; "
             f"{report.count.hits:,} hits, {report.count.misses:,} misses (positions)"

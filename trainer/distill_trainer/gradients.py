@@ -26,13 +26,7 @@ def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[
     """
     if len(batches) == 1:
         return step(batches[0])
-    weights = [
-        [
-            _number(weight)
-            for weight in (b.weight, b.answered_weight, b.weight, *(each.weights.sum() for each in b.beside))
-        ]
-        for b in batches
-    ]
+    weights = weights_of(batches)
     totals = [sum(column) or 1 for column in zip(*weights, strict=True)]
     sums, gradients = [mx.array(0.0)] * len(totals), None
     for batch, own in zip(batches, weights, strict=True):
@@ -44,6 +38,17 @@ def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[
         gradients = scaled if gradients is None else tree_map(mx.add, gradients, scaled)
         mx.eval(gradients, sums)
     return tuple(sums), gradients
+
+
+def weights_of(batches: Sequence[Batch]) -> list[list[float]]:
+    """What each batch weighs in each of the `Means` over several."""
+    return [
+        [
+            _number(weight)
+            for weight in (b.weight, b.answered_weight, b.weight, *(each.weights.sum() for each in b.beside))
+        ]
+        for b in batches
+    ]
 
 
 def _number(value: mx.array | int) -> float:

@@ -101,7 +101,8 @@ def reported(methods: Sequence[Method], batches: Sequence[Batch], means: Sequenc
     found: dict[str, float | None] = {}
     for number, method in enumerate(methods):
         there = any((batch.beside[number].weights > 0).any().item() for batch in batches)
-        found[f"{method.name}_loss"] = means[number] if there else None
+        # there may be some in another process's part of the step alone
+        found[f"{method.name}_loss"] = means[number] if means and (there or means[number]) else None
     return found
 
 

@@ -23,6 +23,7 @@ from mlx_lm.generate import generate_step
 
 from distill_trainer.batches import Weighing
 from distill_trainer.config import TrainConfig
+from distill_trainer.parallel import ALONE, Processes
 from distill_trainer.targets import Count, TargetSource
 from logitstore.asked import Asked
 from logitstore.errors import DatasetError
@@ -41,24 +42,28 @@ class OnPolicy:
     vocab_size: int
     """Token ids below it are generated: those that the teacher and the tokenizer know."""
 
-    def batch(self, sequences: list[TokenSequence], number: int) -> tuple[list[TokenSequence], Count]:
+    def batch(
+        self, sequences: list[TokenSequence], number: int, among: Processes = ALONE
+    ) -> tuple[list[TokenSequence], Count]:
         """The batch of this number: as it is, or with the student's completions, and how many tokens these have.
 
-        Documents without a prompt are left out of a batch of completions. Once the teacher is lost, there are none.
+        Documents without a prompt are left out of a batch of completions. Once the teacher is lost, there are none. One
+        process among several gives its share.
         """
         drawn = np.random.default_rng([self.config.seed, number])
         prompted = [(sequence, start) for sequence in sequences if (start := completion_start(sequence)) is not None]
         if drawn.random() >= self.config.on_policy or not prompted or self.source.lost:
-            return sequences, Count()
+            return list(among.share(sequences)), Count()
         keys = mx.random.split(mx.random.key(int(drawn.integers(1 << 63))), len(prompted))
         model = self.student.model
         training = model.training
         model.eval()
         try:
-            tokens = [self._generated(s.token_ids[: at + 1], key) for (s, at), key in zip(prompted, keys, strict=True)]
+            shared = among.share(list(zip(prompted, keys, strict=True)))
+            tokens = [self._generated(s.token_ids[: at + 1], key) for (s, at), key in shared]
         finally:
             model.train(training)
-        own = [completed(s, at, new) for (s, at), new in zip(prompted, tokens, strict=True)]
+        own = [completed(s, at, new) for ((s, at), _), new in zip(shared, tokens, strict=True)]
         return own, Count(on_policy=1, generated=sum(map(len, tokens)))
 
     def _generated(self, prompt: npt.NDArray[np.int32], key: mx.array) -> npt.NDArray[np.int32]:

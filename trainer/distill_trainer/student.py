@@ -38,11 +38,14 @@ def load_student(config: TrainConfig) -> LoadedModel:
     return student if config.keep_layers is None else keep_layers(student, config.keep_layers)
 
 
-def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
+def make_trainable(student: LoadedModel, config: TrainConfig, *, write_base: bool = True) -> None:
     """Leave trainable what `fine_tune_type` trains; new parameters are drawn from the run's seed.
 
     An adapter's base is written below the output first, where it exists nowhere else as an mlx-lm model; a run that has
     checkpoints has written it.
+
+    Args:
+        write_base: False leaves this to another process of the run.
 
     Raises:
         ConfigError: LoRA parameters that cannot be used; the output cannot be written.
@@ -52,7 +55,8 @@ def make_trainable(student: LoadedModel, config: TrainConfig) -> None:
     if config.fine_tune_type == "full":
         model.unfreeze()
     else:
-        if needs_base(student, config) and not any((Path(config.out) / CHECKPOINTS).glob("[0-9]*")):
+        there = any((Path(config.out) / CHECKPOINTS).glob("[0-9]*"))
+        if needs_base(student, config) and write_base and not there:
             with writing(Path(config.out)):
                 save_model_dir(student.model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()

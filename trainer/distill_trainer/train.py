@@ -24,7 +24,7 @@ from distill_trainer.checkpoint import Checkpoints, cut_metrics
 from distill_trainer.choosing import choose
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw
-from distill_trainer.gradients import clipped, mean_gradient
+from distill_trainer.gradients import clipped
 from distill_trainer.held_out import due, hold_out, read_held_out
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.live_teacher import DONE, SILENT
@@ -45,6 +45,7 @@ from distill_trainer.output import (
     writing,
 )
 from distill_trainer.pages import save_run_page
+from distill_trainer.parallel import ALONE, Processes, processes
 from distill_trainer.report import TrainReport
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
@@ -52,7 +53,8 @@ from distill_trainer.targets import Count, TargetSource
 from distill_trainer.trackers import tracked
 from distill_trainer.two_prompts import read_both
 from distill_trainer.weights import weighted
-from logitstore.errors import MissingTargetsError, ModelError, StoreError, TeacherLostError
+from logitstore.errors import MissingTargetsError, ModelError, ProcessLostError, StoreError, TeacherLostError
+from logitstore.model import LoadedModel
 from logitstore.prefetch import prefetched
 from logitstore.sequences import TokenizeReport, TokenSequence, require_ids_below
 from logitstore.targets import SparseTargets
@@ -66,7 +68,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
 
     After the first step, Ctrl-C, a store that fails or a teacher that is lost ends the run early, and what was learned
     and a checkpoint are saved; before it, nothing is left behind. With `config.resume` a run goes on from its last
-    checkpoint as if it had never stopped.
+    checkpoint as if it had never stopped. Among several processes, the first alone speaks and writes.
 
     Args:
         say: takes one line of text at a time for the user.
@@ -74,7 +76,12 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     Raises:
         LogitstoreError: see `logitstore.errors`.
     """
-    (require_run if config.resume else require_new)(Path(config.out))
+    among = processes()
+    among.require_shares(config)
+    if config.resume or among.first:
+        (require_run if config.resume else require_new)(Path(config.out))
+    if not among.first:
+        config, say = replace(config, quiet=True, report_to=()), lambda _: None
     stores = open_stores(config)
     student = load_student(config)
     report = TokenizeReport()
@@ -86,20 +93,22 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
 
-    with output_folder(Path(config.out), new=not config.resume) as out:
+    folder = output_folder(Path(config.out), new=not config.resume) if among.first else nullcontext(Path(config.out))
+    with folder as out:
         asked = target_source(config, stores, student.tokenizer, say) if config.distils else nullcontext()
         with asked as source:
             if source is not None:
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
                 say_coverage(source, sequences, config, say)
             methods = methods_of(config, student, source, say)
-            make_trainable(student, config)
+            make_trainable(student, config, write_base=among.first)
             own = on_policy(config, student, sequences, source, say)
             parameters = trainable(learner(student.model, methods)).values()
             result_bytes = sum(parameter.nbytes for parameter in parameters)
             # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
             checkpoints_bytes = (3 if config.resume else 9) * result_bytes if config.save_every else 0
-            require_room(out, result_bytes + checkpoints_bytes)
+            if among.first:
+                require_room(out, result_bytes + checkpoints_bytes)
             optimizer = make_optimizer(
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
@@ -109,15 +118,19 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if config.resume:
                 checkpoints.restore(run)
                 say(f"going on after step {run.steps:,}")
-            with writing(out):
-                (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
-            cut_metrics(out, run.steps)
+            if among.first:
+                with writing(out):
+                    (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
+                cut_metrics(out, run.steps)
+            if among.size > 1:
+                say(f"{among.size} processes share each batch of {config.batch_size:,} documents")
             say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
             head = distill_kernels.split_head(student.model)
             if head.reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
-                with tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say) as track:
+                tracking = tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say)
+                with among.together(), tracking as track:
                     run_steps(
                         config,
                         head,
@@ -132,25 +145,43 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                         track,
                         own,
                         methods,
+                        among,
                     )
-            except (KeyboardInterrupt, StoreError, TeacherLostError) as error:
+            except (KeyboardInterrupt, StoreError, TeacherLostError, ProcessLostError) as error:
                 if not run.steps:
                     raise
                 run.interrupted, failure = True, error
         with uninterrupted(last=True):
-            run.load_with = save_student(student, config)
-            with writing(out):
-                save_own(methods, out)
-            summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
-            with writing(out):
-                (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
-            if run.steps and (run.interrupted or config.save_every):
-                checkpoints.save(run)
-        save_run_page(config, student, held_out or sequences, say, 0 if run.interrupted else config.report_samples)
-    if isinstance(failure, StoreError | TeacherLostError):
+            if among.first:
+                save_run(config, student, methods, checkpoints, run)
+        if among.first:
+            shown, samples = held_out or sequences, 0 if run.interrupted else config.report_samples
+            save_run_page(config, student, shown, say, samples)
+        among.wait()
+    if isinstance(failure, ProcessLostError) and not among.first:
+        raise failure
+    if isinstance(failure, StoreError | TeacherLostError | ProcessLostError):
         go_on = "; --resume goes on from there" if isinstance(failure, TeacherLostError) else ""
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}{go_on}") from failure
     return run
+
+
+def save_run(
+    config: TrainConfig,
+    student: LoadedModel,
+    methods: Sequence[Method],
+    checkpoints: Checkpoints,
+    run: TrainReport,
+) -> None:
+    """Write the student, what methods trained of their own, the summary, and the last or an interrupted checkpoint."""
+    out = Path(config.out)
+    run.load_with = save_student(student, config)
+    summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
+    with writing(out):
+        save_own(methods, out)
+        (out / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    if run.steps and (run.interrupted or config.save_every):
+        checkpoints.save(run)
 
 
 def run_steps(
@@ -167,14 +198,15 @@ def run_steps(
     track: Callable[[Mapping[str, Any]], None],
     own: OnPolicy | None = None,
     methods: Sequence[Method] = (),
+    among: Processes = ALONE,
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
     model = learner(head.model, methods)
     on_miss = "hard-only" if source is None else source.on_miss
-    watched = hold_out(config, held_out, source, objective)  # before a second thread reads the stores
-    answers = answered_batches(
-        config, objective, sequences, draw, source, own, report.steps * config.grad_accumulation_steps
-    )
+    # before a second thread reads the stores; one process measures, and the others wait for it in their next step
+    watched = hold_out(config, held_out, source, objective) if among.first else None
+    skip = report.steps * config.grad_accumulation_steps
+    answers = answered_batches(config, objective, sequences, draw, source, own, skip, among)
     asks = source is not None and source.asks
     if not asks:  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
@@ -188,19 +220,24 @@ def run_steps(
             started = time.perf_counter()
             answered = [next(answers) for _ in range(config.grad_accumulation_steps)]
             with uninterrupted():
+                among.go_on()
+                among.seed(config.seed, report.steps + 1)
                 alpha = config.alpha_schedule.at(report.steps + 1, config.iters)
                 weighing = Weighing(alpha, on_miss, config.entropy_weight)
                 collated = [
                     with_teacher(collate(chosen, targets, weighing_of(weighing, each)), methods, targets)
                     for chosen, targets, each in answered
+                    if chosen
                 ]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
+                count, n = among.total(count, sum(len(batch.rows) for batch in batches))
                 taught = alpha > 0 and count.hits + (count.misses - count.unasked - count.failed) * asks > 0
-                n, loss, kd_loss, ce_loss, norm = sum(len(batch.rows) for batch in batches), None, None, None, None
+                loss, kd_loss, ce_loss, norm = None, None, None, None
                 terms: list[float] = []
-                if batches:
-                    means, gradients = mean_gradient(partial(step, objective.at(report.steps + 1)), batches)
+                if n:
+                    losses = partial(step, objective.at(report.steps + 1))
+                    means, gradients = among.mean_gradient(losses, batches, model, len(methods))
                     gradients, unclipped = clipped(gradients, config.max_grad_norm)
                     optimizer.update(model, gradients)
                     mx.eval(trainable(model), optimizer.state, means)
@@ -238,12 +275,14 @@ def run_steps(
                 if watched is not None and due(config, report.steps):
                     report.valid = watched.measure(head)
                     report.final |= report.valid
-                append_metrics(Path(config.out), report.final)
+                if among.first:
+                    append_metrics(Path(config.out), report.final)
                 track(report.final)
                 shown = {"loss": loss, "valid": report.valid.get("valid_loss")} if watched else {"loss": loss}
                 bar.set_postfix({k: "-" if v is None else f"{v:.3f}" for k, v in shown.items()}, refresh=False)
                 bar.update()
-                checkpoints.after(report)
+                if among.first:
+                    checkpoints.after(report)
 
 
 def answered_batches(
@@ -254,8 +293,11 @@ def answered_batches(
     source: TargetSource | None,
     own: OnPolicy | None = None,
     skip: int = 0,
+    among: Processes = ALONE,
 ) -> Generator[tuple[list[TokenSequence], list[SparseTargets | None], Count]]:
-    """Endless batches of documents and their targets; each epoch reads the next of several stored draws.
+    """Endless batches of documents, this process's share of each, and their targets.
+
+    Each epoch reads the next of several stored draws.
 
     Args:
         own: lets the student, as it is by then, complete some of them.
@@ -265,7 +307,8 @@ def answered_batches(
     for number, (epoch, numbers) in enumerate(islice(order, skip, None), skip):
         temperature = objective.temperature(number // config.grad_accumulation_steps + 1)
         documents = [sequences[i] for i in numbers]
-        chosen, generated = (documents, Count()) if own is None else own.batch(documents, number)
+        shared = list(among.share(documents))
+        chosen, generated = (shared, Count()) if own is None else own.batch(documents, number, among)
         nothing: list[SparseTargets | None] = [None] * len(chosen)
         targets, count = source.answer(chosen, epoch, temperature) if source else (nothing, Count())
         yield chosen, targets, count + generated
