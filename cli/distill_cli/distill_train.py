@@ -124,6 +124,7 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     help="Train completions and assistants' turns alone, or every token.",
 )
 @click.option("--resume-adapter-file", help="Begin with the weights of an adapter, a .safetensors file.")
+@click.option("--pack", is_flag=True, help="Short documents of a batch share rows of at most --max-seq-length.")
 @click.option("--grad-checkpoint", is_flag=True, help="Less memory, more time: compute the student's layers twice.")
 @click.option(
     "--valid-dataset", help="Held-out documents, to measure the loss on.  [default: --valid-split of --dataset]"

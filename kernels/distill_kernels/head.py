@@ -39,9 +39,13 @@ class Head:
         owner = self._owner
         return owner.lm_head if "lm_head" in owner else owner.model.embed_tokens
 
-    def trunk(self, tokens: mx.array) -> mx.array:
-        """Return the last hidden states [B, T, D] of tokens [B, T], after the final norm."""
-        hidden: mx.array = self._owner.model(tokens)
+    def trunk(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        """Return the last hidden states [B, T, D] of tokens [B, T], after the final norm.
+
+        Args:
+            cache: one for each layer, as the model takes them.
+        """
+        hidden: mx.array = self._owner.model(tokens) if cache is None else self._owner.model(tokens, cache)
         return hidden
 
     def __call__(self, hidden: mx.array, module: Any = None) -> mx.array:

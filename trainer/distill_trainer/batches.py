@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from distill_trainer.config import OnMiss
 from distill_trainer.draw import Draw
+from distill_trainer.packing import rows_of
 from distill_trainer.weights import entropy_factors
 from logitstore.sequences import TokenSequence
 from logitstore.targets import SparseTargets
@@ -58,6 +59,8 @@ class Batch(NamedTuple):
     """float32 [N]; what kd_weight and ce_weight were multiplied by, above 0. None: 1 everywhere."""
     beside: tuple[Beside, ...] = ()
     """One for each method of the run."""
+    documents: mx.array | None = None
+    """int32 [B, T]; where rows hold several documents, which of them each position belongs to, -1 for padding."""
 
     @property
     def each_weight(self) -> mx.array:
@@ -111,17 +114,27 @@ def epochs(
 
 
 def collate(
-    sequences: Sequence[TokenSequence], targets: Sequence[SparseTargets | None], weighing: Weighing
+    sequences: Sequence[TokenSequence],
+    targets: Sequence[SparseTargets | None],
+    weighing: Weighing,
+    longest: int | None = None,
 ) -> Batch | None:
-    """Make one batch; None where the policy "skip" leaves no position to train."""
-    t_max = max(len(s.trained) for s in sequences)
+    """Make one batch; None where the policy "skip" leaves no position to train.
+
+    Args:
+        longest: several documents may share a row of at most so many positions; None: none do.
+    """
+    places = rows_of([len(s.trained) for s in sequences], longest)
+    t_max = max(start + len(s.trained) for (_, start), s in zip(places, sequences, strict=True))
     k = max((t.ids.shape[1] for t in targets if t is not None), default=1)
-    tokens = np.zeros((len(sequences), t_max), np.int32)
+    tokens = np.zeros((1 + max(b for b, _ in places), t_max), np.int32)
+    documents = np.full_like(tokens, -1)
     parts: list[tuple[npt.NDArray[np.generic], ...]] = []
     weighs = weighing.entropy_weight > 0 or any(s.weights is not None for s in sequences)
-    for b, (sequence, target) in enumerate(zip(sequences, targets, strict=True)):
+    for number, (sequence, target, (b, start)) in enumerate(zip(sequences, targets, places, strict=True)):
         positions = np.flatnonzero(sequence.trained)
-        tokens[b, : len(sequence.trained)] = sequence.token_ids[:-1]
+        tokens[b, start : start + len(sequence.trained)] = sequence.token_ids[:-1]
+        documents[b, start : start + len(sequence.trained)] = number
         answered = positions < (0 if target is None else len(target))
         if weighing.on_miss == "skip":
             positions, answered = positions[answered], answered[answered]
@@ -141,7 +154,7 @@ def collate(
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
         ce = np.float32(weighing.ce) * (1 - alpha)
         labels = sequence.token_ids[positions + 1]
-        row = b * t_max + positions, labels, ids, weights, log_probs, tail, alpha, ce
+        row = b * t_max + start + positions, labels, ids, weights, log_probs, tail, alpha, ce
         if not weighs:
             parts.append(row)
             continue
@@ -152,4 +165,5 @@ def collate(
     if not parts:
         return None
     columns: list[Any] = [mx.array(np.concatenate(column)) for column in zip(*parts, strict=True)]
-    return Batch(mx.array(tokens), columns[0].astype(mx.int32), *columns[1:])
+    batch = Batch(mx.array(tokens), columns[0].astype(mx.int32), *columns[1:])
+    return batch if len(tokens) == len(sequences) else batch._replace(documents=mx.array(documents))

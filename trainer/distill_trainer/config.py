@@ -109,6 +109,8 @@ class TrainConfig:
     """Train the completion, the assistant's turns, alone. False: every token, as mlx-lm does unless it is told."""
     resume_adapter_file: str | None = None
     """An adapter's weights to begin with, for new steps: the optimizer and all else is new."""
+    pack: bool = False
+    """Put several documents of a batch into one row of at most `max_seq_length`: see `distill_trainer.packing`."""
     grad_checkpoint: bool = False
     """Compute the student's layers a second time for the gradient rather than keep what they computed."""
     valid_dataset: str | None = None
@@ -404,6 +406,10 @@ class TrainConfig:
         _require(
             self.attention_loss is None or not self.grad_checkpoint,
             "--attention-loss reads inside of layers that --grad-checkpoint computes twice; leave one of them out",
+        )
+        _require(
+            not self.pack or not (self.hidden_loss or self.attention_loss),
+            "--hidden-loss and --attention-loss take a row for a document; leave --pack out",
         )
         _require(
             bool(self.store)

@@ -44,6 +44,7 @@ from distill_trainer.output import (
     require_run,
     writing,
 )
+from distill_trainer.packing import kept_apart, padding, require_apart
 from distill_trainer.pages import save_run_page
 from distill_trainer.parallel import ALONE, Processes, processes
 from distill_trainer.report import TrainReport
@@ -61,6 +62,8 @@ from logitstore.targets import SparseTargets
 
 AHEAD = 2
 """Batches whose targets are read while a step is computed."""
+PROBED = 1000
+"""Batches whose padding is counted before the first step."""
 
 
 def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
@@ -103,6 +106,9 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             methods = methods_of(config, student, source, say)
             make_trainable(student, config, write_base=among.first)
             own = on_policy(config, student, sequences, source, say)
+            if config.pack:
+                require_apart(student.model, student.name)
+                say_padding(config, sequences, draw, among, say)
             parameters = trainable(learner(student.model, methods)).values()
             result_bytes = sum(parameter.nbytes for parameter in parameters)
             # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
@@ -213,6 +219,7 @@ def run_steps(
     step = nn.value_and_grad(
         model, lambda losses, batch: with_methods(partial(batch_loss, head, losses), methods, batch)
     )
+    longest = config.max_seq_length if config.pack else None
     bar = tqdm(total=config.iters, initial=report.steps, desc="train", unit="step", disable=config.quiet)
 
     with closing(answers), bar:
@@ -225,7 +232,7 @@ def run_steps(
                 alpha = config.alpha_schedule.at(report.steps + 1, config.iters)
                 weighing = Weighing(alpha, on_miss, config.entropy_weight)
                 collated = [
-                    with_teacher(collate(chosen, targets, weighing_of(weighing, each)), methods, targets)
+                    with_teacher(collate(chosen, targets, weighing_of(weighing, each), longest), methods, targets)
                     for chosen, targets, each in answered
                     if chosen
                 ]
@@ -322,13 +329,14 @@ def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[
     """
     constants = [getattr(batch, name) for name in losses.names]
     loss = on_tier(losses)
+    cache = () if batch.documents is None else (kept_apart(head.model, batch.documents),)
     if head.reason is None:
-        hidden = head.trunk(batch.tokens)
+        hidden = head.trunk(batch.tokens, *cache)
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
         shares = batch.kd_weight / batch.weight, batch.ce_weight / batch.weight
         total, (kl, ce) = distill_kernels.chunked_sum(loss, hidden, head, constants, shares)
     else:
-        logits = head.model(batch.tokens)
+        logits = head.model(batch.tokens, *cache)
         kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
         each = mx.where(batch.kd_weight > 0, batch.kd_weight * kl, 0) + batch.ce_weight * ce
         total = each.mean() if batch.row_weights is None else each.sum() / batch.weight
@@ -379,3 +387,18 @@ def say_coverage(
             f"{config.max_seq_length} the --max-length that it was built with?); "
             "type --teacher T to ask it live, or --on-miss hard-only or skip"
         )
+
+
+def say_padding(
+    config: TrainConfig,
+    sequences: list[TokenSequence],
+    draw: Draw | None,
+    among: Processes,
+    say: Callable[[str], object],
+) -> None:
+    """Say how much of the run's first batches is padding, packed and not."""
+    lengths = [len(sequence.trained) for sequence in sequences]
+    order = islice(epochs(lengths, config.batch_size, config.seed, draw), min(PROBED, config.iters))
+    batches = [[lengths[i] for i in among.share(numbers)] for _, numbers in order]
+    packed, plain = padding(batches, config.max_seq_length), padding(batches, None)
+    say(f"padding: {100 * packed:.1f} % of positions packed, {100 * plain:.1f} % without --pack")
