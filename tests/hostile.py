@@ -240,7 +240,7 @@ def edited(files: dict[str, bytes], program: Program) -> dict[str, bytes]:
 
 
 def is_rows(name: str) -> bool:
-    return "/entries-" in name or "/positions/" in name
+    return "/entries-" in name or "/positions/" in name or "/hidden-" in name
 
 
 def group_of(name: str) -> str:
@@ -409,7 +409,7 @@ def edited_entry(key: bytes, data: bytes, program: Program) -> bytes | None:
 
 def edited_record(data: bytes, program: Program, layer: int) -> bytes:
     """Edit the first record of a bundle: its head, or one of its frames."""
-    for sets in (1, 2, 4):
+    for sets in (1, 2, 4, 3):  # 3: one set, and the hidden states of two layers
         at = RECORD_HEAD + 4 * (sets + 1) + CRC.size
         if checked(data[: at - CRC.size]) == data[:at]:
             break

@@ -7,6 +7,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import lmdb
+import numpy as np
 import pytest
 
 from logitstore.errors import ConfigError, CorruptStoreError, StoreError, StoreFormatError
@@ -18,6 +19,7 @@ from logitstore.selection import Selection
 from logitstore.store import open_store
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
+from tests import hostile
 from tests.hostile import Program, edited_record, golden_lmdb, move_places, read_all
 from tests.stores import manifest, small_store
 from tests.test_zarr_store import reseal
@@ -115,6 +117,48 @@ def test_a_record_that_ends_too_early_under_right_checksums_is_named_by_every_re
         txn.put(key, data)
         move_places(txn, key, len(data) - len(before))
     read_all(lambda: LmdbStore(path), lambda: verify(path, quiet=True))
+
+
+def test_hidden_states_of_nonsense_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"hidden_layers": (1, 0), "hidden_size": 20}
+    monkeypatch.setattr(hostile, "RECIPES", {"top-k:4": kept})  # a name of its own: stores are cached by it
+    rng = np.random.default_rng(0)
+    for place in (0, 1, 3):  # folder, folder without an index, lmdb
+        for _ in range(12):
+            hostile.try_to_harm(bytes([0, place]) + rng.bytes(40), tmp_path)
+    names = sorted(hostile.golden("top-k:4"))
+    for number in [i for i, name in enumerate(names) if "hidden-" in name]:
+        for _ in range(4):
+            hostile.try_to_harm(bytes([0, 0, number]) + rng.bytes(40), tmp_path)
+
+
+HIDDEN_NONSENSE: dict[str, dict[str, object]] = {
+    "a layer in words": {"hidden_layers": ["6"], "hidden_size": 20},
+    "layers without a width": {"hidden_layers": [6]},
+    "a width without layers": {"hidden_size": 20},
+    "a width beyond any model": {"hidden_layers": [6], "hidden_size": 1 << 40},
+    "a width below none": {"hidden_layers": [6], "hidden_size": -20},
+    "a width that is a flag": {"hidden_layers": [6], "hidden_size": True},
+    "a thousand layers": {"hidden_layers": list(range(1000)), "hidden_size": 20},
+    "a layer beyond any model": {"hidden_layers": [1 << 70], "hidden_size": 20},
+    "one layer twice": {"hidden_layers": [6, 6], "hidden_size": 20},
+}
+
+
+@pytest.mark.parametrize("nonsense", HIDDEN_NONSENSE)
+def test_hidden_layers_of_nonsense_are_refused_in_one_line(store: ZarrStore, nonsense: str) -> None:
+    says(lambda told: told["recipe"].update(HIDDEN_NONSENSE[nonsense]))(store.folder)
+    with pytest.raises(StoreFormatError) as caught:
+        open_store(store.folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_that_says_it_has_hidden_states_and_has_none_is_damaged(store: ZarrStore) -> None:
+    says(lambda told: told["recipe"].update(hidden_layers=[0], hidden_size=65_536))(store.folder)
+    report = verify(store.folder, quiet=True)
+    assert report.problems  # its shards were built as part of another store
+    with pytest.raises(StoreError):
+        open_store(store.folder).document(0)
 
 
 def test_a_place_that_is_gone_is_damage(tmp_path: Path) -> None:
