@@ -3,7 +3,7 @@
 from typing import Any
 
 import distill_kernels
-from distill_kernels import BucketLoss, DenseLoss, LogitsLoss, RowLoss, SampledLoss, WeightedLoss
+from distill_kernels import BucketLoss, DenseLoss, LogitsLoss, RowLoss, SampledLoss, TaidLoss, WeightedLoss
 from distill_kernels.divergence import ForwardKL
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from tests.emulation import needs_compiler
 from tools import bench_losses
 from tools.bench_loss_bytes import LOSSES, found, measure
 
-NO_KERNEL_OF_ITS_OWN = {RowLoss, LogitsLoss, WeightedLoss}
+NO_KERNEL_OF_ITS_OWN = {RowLoss, LogitsLoss, WeightedLoss, TaidLoss}
 PUBLIC = [getattr(distill_kernels, name) for name in distill_kernels.__all__]
 
 
