@@ -56,8 +56,8 @@ def start(stack: ExitStack, folder: Path, size: int = 2) -> "list[subprocess.Pop
 
 
 def child() -> None:
-    """One of the processes: a run to its end; one until a signal comes, gone on with; and the whole of that."""
-    signal.alarm(100)
+    """One of the processes: a run to its end; one until a signal comes, gone on with; all of that; an endless one."""
+    signal.alarm(100)  # also where a ring waits in vain
     folder = Path(sys.argv[1])
 
     def run(*args: object) -> None:
@@ -71,6 +71,7 @@ def child() -> None:
     iters = len(lines(folder / "cut")) + 4
     run("--config", folder / "cut.json", "--iters", iters, "--resume")
     run("--config", folder / "cut.json", "--iters", iters, "--out", folder / "whole")
+    run("--config", folder / "cut.json", "--out", folder / "lost")
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +86,14 @@ def runs(world: World) -> tuple[Path, list[str]]:
     (folder / "cut.json").write_text(json.dumps(endless.to_json()))
     with ExitStack() as stack:
         children = start(stack, folder)
-        metrics = folder / "cut" / "metrics.jsonl"
-        while not metrics.exists() or len(lines(folder / "cut")) < 3:
-            assert all(each.poll() is None for each in children), [each.communicate() for each in children]
-            time.sleep(0.01)
-        children[1].send_signal(signal.SIGTERM)
+        for out, number in (("cut", signal.SIGTERM), ("lost", signal.SIGKILL)):
+            while not (folder / out / "metrics.jsonl").exists() or len(lines(folder / out)) < 3:
+                assert all(each.poll() is None for each in children), [each.communicate() for each in children]
+                time.sleep(0.01)
+            children[1].send_signal(number)
         said = [each.communicate(timeout=100) for each in children]
-    assert [each.returncode for each in children] == [0, 0], said
-    return folder, [output for output, _ in said]
+    assert [each.returncode for each in children] == [0, -signal.SIGKILL], said
+    return folder, [*(output for output, _ in said), said[0][1]]
 
 
 def shared(world: World) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def weights(out: Path, name: str) -> dict[str, mx.array]:
 def test_two_processes_learn_what_one_does_and_the_first_alone_writes(
     tmp_path: Path, world: World, runs: tuple[Path, list[str]]
 ) -> None:
-    folder, (said, other_said) = runs
+    folder, (said, other_said, _) = runs
     train(world.config(tmp_path / "one", **shared(world)))
     assert "6 steps" in said
     assert other_said.splitlines() == [f"ended with {code}" for code in (0, 130, 0, 0)]
@@ -132,14 +133,23 @@ def test_two_processes_learn_what_one_does_and_the_first_alone_writes(
 def test_a_signal_to_any_process_ends_all_before_the_same_step_and_resuming_is_exact(
     runs: tuple[Path, list[str]],
 ) -> None:
-    folder, said = runs
+    folder, (*said, _) = runs
     codes = [[line for line in text.splitlines() if line.startswith("ended with")] for text in said]
-    assert codes[0] == codes[1] and codes[0][1] == "ended with 130"
+    assert codes[0][:4] == codes[1] and codes[0][1] == "ended with 130"
     cut, whole = ([[step[name] for name in NUMBERS] for step in lines(folder / run)] for run in ("cut", "whole"))
     assert len(cut) >= 7 and cut == whole
     name = "adapters.safetensors"
     once, resumed = weights(folder / "whole", name), weights(folder / "cut", name)
     assert all(mx.array_equal(value, resumed[name]).item() for name, value in once.items())
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_line_and_what_was_learned_is_kept(
+    runs: tuple[Path, list[str]],
+) -> None:
+    folder, (said, _, errors) = runs
+    assert said.splitlines()[-1] == "ended with 2"
+    assert "Error: another process of this run is gone" in errors and "--resume" in errors
+    assert [int(path.name) for path in (folder / "lost" / "checkpoints").iterdir()] == [len(lines(folder / "lost"))]
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path, world: World) -> None:

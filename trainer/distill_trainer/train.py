@@ -163,7 +163,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         if among.first:
             shown, samples = held_out or sequences, 0 if run.interrupted else config.report_samples
             save_run_page(config, student, shown, say, samples)
-        among.wait()
+        if not isinstance(failure, ProcessLostError):  # a ring that has lost one never answers again
+            among.wait()
     if isinstance(failure, ProcessLostError) and not among.first:
         raise failure
     if isinstance(failure, StoreError | TeacherLostError | ProcessLostError):
