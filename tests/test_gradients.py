@@ -18,7 +18,7 @@ from logitstore.errors import ModelError
 from logitstore.model import load_model
 from logitstore.store import open_store
 from tests.runs import World, make_world, write_jsonl
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,28 @@ def test_the_gradient_of_accumulated_batches_is_that_of_one_with_the_same_docume
         found, accumulated = gradient(model, batches(world, *groups))
         assert np.allclose(found, means, rtol=1e-5)
         assert equal(whole, accumulated)
+
+
+def test_eight_batches_of_one_document_are_one_batch_of_eight(world: World) -> None:
+    model = load_model(world.student).model
+    model.unfreeze()
+    eight = (0, 1, 2, 3, 4, 5, 0, 3)
+    (together,), alone = batches(world, eight), batches(world, *((number,) for number in eight))
+    assert together.tokens.size > sum(batch.tokens.size for batch in alone)  # the one is padded, the eight are not
+    means, whole = gradient(model, [together])
+    found, accumulated = gradient(model, alone)
+    assert np.allclose(found, means, rtol=1e-5)
+    assert equal(whole, accumulated)
+
+
+def test_no_pad_token_is_trained_though_it_is_the_token_that_ends_every_document(world: World) -> None:
+    tokenizer, documents = tiny_tokenizer(), world.sequences()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    (batch,) = batches(world, tuple(range(len(documents))))
+    ends = np.flatnonzero(np.array(batch.labels) == tokenizer.pad_token_id)
+    assert len(ends) == len(documents)  # mlx-lm's batches train one more, the first of the padding
+    rows = [b * batch.tokens.shape[1] + t for b, s in enumerate(documents) for t in range(len(s.token_ids) - 1)]
+    assert batch.rows.tolist() == rows
 
 
 def test_a_run_of_two_batches_a_step_is_the_run_of_one_twice_as_large(tmp_path: Path, world: World) -> None:
