@@ -170,3 +170,12 @@ def test_shares_are_disjoint_and_together_the_batch_and_each_draws_its_own() -> 
         Processes(rank, 3).seed(1, step)
         drawn.append(mx.random.uniform().item())
     assert drawn[0] == drawn[3] and len(set(drawn)) == 3
+
+
+def test_a_process_that_finds_none_of_the_others_does_not_train_alone(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_RANK", "1")
+    with pytest.raises(ConfigError, match=r"process 1 of a run, and MLX found no others; type mlx.launch"):
+        train(world.config(tmp_path / "o", store=(str(world.store),)))
+    assert not (tmp_path / "o").exists()

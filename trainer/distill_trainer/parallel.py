@@ -5,6 +5,7 @@ their gradients, weighted by trained positions, as if one process had taken them
 it, and the first alone writes anything. A process by itself computes and draws what it would without this file.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
@@ -179,6 +180,16 @@ def _lost() -> Iterator[None]:
 
 
 def processes() -> Processes:
-    """This process among those that `mlx.launch` started with it; alone where it was started by itself."""
+    """This process among those that `mlx.launch` started with it; alone where it was started by itself.
+
+    Raises:
+        ConfigError: it is not the first, and MLX finds no others: all would train alone, into one folder.
+    """
     group = mx.distributed.init()
+    rank = os.environ.get("MLX_RANK", "")
+    if rank not in ("", str(group.rank())):
+        raise ConfigError(
+            f"this is process {rank} of a run, and MLX found no others; type mlx.launch with --backend ring, or "
+            "unset MLX_RANK"
+        )
     return Processes(group.rank(), group.size())
