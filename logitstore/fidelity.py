@@ -209,5 +209,5 @@ def agreement(stored: SparseTargets, live: SparseTargets) -> tuple[int, int, int
 
 def _keyed(targets: SparseTargets) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """(row · 2^32 + id, weight) of every entry that is of the head or has weight."""
-    rows, slots = np.nonzero((np.arange(targets.ids.shape[1]) < targets.head_count[:, None]) | (targets.weights > 0))
+    rows, slots = np.nonzero(targets.in_head | (targets.weights > 0))
     return (rows << 32) + targets.ids[rows, slots], targets.weights[rows, slots]

@@ -81,8 +81,7 @@ def measure(
 def label_is_likeliest(token_ids: npt.NDArray[np.integer], targets: SparseTargets) -> npt.NDArray[np.bool_]:
     """Whether no head entry outweighs the label, which is one: [P]."""
     labels = np.asarray(token_ids)[targets.positions + 1]
-    in_head = np.arange(targets.ids.shape[1]) < targets.head_count[:, None]
-    head = np.where(in_head, targets.weights, 0)
+    head = np.where(targets.in_head, targets.weights, 0)
     of_label = np.where(targets.ids == labels[:, None], head, 0).max(axis=1)
     return np.asarray((of_label > 0) & (of_label >= head.max(axis=1)))
 

@@ -50,6 +50,13 @@ class LoadedModel:
     dtype: str
     stored_dtype: str
 
+    @property
+    def end_tokens(self) -> set[int]:
+        """The tokens that end an answer, by the tokenizer and by the model's config, as mlx-lm has it."""
+        named = self.config.get("eos_token_id")
+        every = self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])
+        return {token for token in every if token is not None}
+
 
 def load_model(source: str | Path, *, adapter_path: str | Path | None = None, unpack: bool = False) -> LoadedModel:
     """Load `source`, with the adapter of `adapter_path` if given.

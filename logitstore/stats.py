@@ -160,7 +160,7 @@ def collect(
             tally.add(values)
         labels = np.asarray(token_ids)[targets.positions + 1]
         is_label = kept & (targets.ids == labels[:, None])
-        is_head = np.arange(k) < targets.head_count[:, None]
+        is_head = targets.in_head
         in_head += int((is_label & is_head).any(axis=1).sum())
         in_tail += int((is_label & ~is_head).any(axis=1).sum())
 

@@ -42,6 +42,11 @@ class SparseTargets:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def in_head(self) -> npt.NDArray[np.bool_]:
+        """Which entries are the head, [P, k]."""
+        return np.asarray(np.arange(self.ids.shape[1]) < self.head_count[:, None])
+
     def rows(self, rows: slice | npt.NDArray[np.integer]) -> "SparseTargets":
         """Some of the positions."""
         columns: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -38,14 +38,21 @@ def traced(model: Module, layers: Sequence[int]) -> Iterator[dict[int, mx.array]
                 f"type numbers from 0 to {len(every) - 1}"
             )
     found: dict[int, mx.array] = {}
-    kinds = {number: type(every[number]) for number in layers}
-    try:
-        for number, kind in kinds.items():
-            every[number].__class__ = _keeping(kind, number, found)
+    with as_instances([(every[number], _keeping(type(every[number]), number, found)) for number in set(layers)]):
         yield found
+
+
+@contextmanager
+def as_instances(parts: Sequence[tuple[Module, type[Any]]]) -> Iterator[None]:
+    """While the block runs, let each of these parts of a model be an instance of a subclass of its own class."""
+    kinds = [(part, type(part)) for part, _ in parts]
+    try:
+        for part, kind in parts:
+            part.__class__ = kind
+        yield
     finally:
-        for number, kind in kinds.items():
-            every[number].__class__ = kind
+        for part, kind in kinds:
+            part.__class__ = kind
 
 
 def layers_of(model: Module) -> list[Any]:

@@ -96,15 +96,20 @@ def divergence(kind: Any, p: Floats, q: Floats) -> tuple[Floats, Floats]:
     raise ValueError(kind)
 
 
+def members_of(ids: list[int], vocab: int) -> Floats:
+    """Which tokens each cell holds, [k + 1, V] of 0 and 1: one each for the kept tokens, the last for all others."""
+    members = np.zeros((len(ids) + 1, vocab))
+    members[np.arange(len(ids)), ids] = 1
+    members[-1] = 1 - members[:-1].sum(axis=0)
+    return members
+
+
 def bucket(kind: Any, z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels: Ints, t: float) -> Losses:
     """T² times a divergence over the kept cells and one cell of all tokens that no entry with weight names."""
     kd, d_kd = np.zeros(len(z)), np.zeros_like(z)
     for n in range(len(z)):
         entries = kept(ids[n], p[n], z.shape[1])
-        members = np.zeros((len(entries) + 1, z.shape[1]))
-        for c, (i, _) in enumerate(entries):
-            members[c, i] = 1
-        members[-1] = 1 - members[:-1].sum(axis=0)
+        members = members_of([i for i, _ in entries], z.shape[1])
         q = np.exp(log_softmax(z[n] / t))
         f, df = divergence(kind, np.array([*(w for _, w in entries), np.exp(log_tail[n])]), members @ q)
         kd[n] = t * t * f.sum()
@@ -118,10 +123,7 @@ def taid(z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels: Ints, t: flo
     kd, d_kd = np.zeros(len(z)), np.zeros_like(z)
     for n in range(len(z)):
         entries = kept(ids[n], p[n], z.shape[1])
-        members = np.zeros((len(entries) + 1, z.shape[1]))
-        for c, (i, _) in enumerate(entries):
-            members[c, i] = 1
-        members[-1] = 1 - members[:-1].sum(axis=0)
+        members = members_of([i for i, _ in entries], z.shape[1])
         q = np.exp(log_softmax(z[n] / t))
         cells, teacher = members @ q, np.array([*(w for _, w in entries), np.exp(log_tail[n])])
         target = cells ** (1 - at) * teacher**at

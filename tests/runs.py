@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import distill_kernels
+from distill_kernels import SparseKL
+
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from distill_trainer.batches import Batch
 from distill_trainer.config import TrainConfig
+from distill_trainer.gradients import mean_gradient
 from distill_trainer.report import TrainReport
-from distill_trainer.train import train
+from distill_trainer.train import batch_loss, train
 from logitstore.build import BuildConfig, build
 from logitstore.documents import read_documents
 from logitstore.sequences import TokenSequence, tokenize
@@ -72,3 +81,10 @@ def make_world(folder: Path, texts: Sequence[str] = CORPUS, *, store: bool = Tru
 def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def gradient(model: Any, chosen: list[Batch]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The means of a step's losses, and its gradient by the names of the parameters."""
+    head = distill_kernels.split_head(model)
+    means, found = mean_gradient(nn.value_and_grad(model, lambda b: batch_loss(head, SparseKL(), b)), chosen)
+    return np.array([mean.item() for mean in means]), {name: np.array(g) for name, g in tree_flatten(found)}

@@ -1,9 +1,6 @@
 from pathlib import Path
 from typing import Any
 
-import distill_kernels
-from distill_kernels import SparseKL
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -11,13 +8,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from distill_trainer.batches import Batch, Weighing, collate
-from distill_trainer.gradients import checkpoint_layers, mean_gradient
+from distill_trainer.gradients import checkpoint_layers
 from distill_trainer.student import load_student, make_trainable
-from distill_trainer.train import batch_loss
 from logitstore.errors import ModelError
 from logitstore.model import load_model
 from logitstore.store import open_store
-from tests.runs import World, make_world, write_jsonl
+from tests.runs import World, gradient, make_world, write_jsonl
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
@@ -36,12 +32,6 @@ def batches(world: World, *groups: tuple[int, ...], missing: int = 1) -> list[Ba
         assert batch is not None
         found.append(batch)
     return found
-
-
-def gradient(model: Any, chosen: list[Batch]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    head = distill_kernels.split_head(model)
-    means, found = mean_gradient(nn.value_and_grad(model, lambda b: batch_loss(head, SparseKL(), b)), chosen)
-    return np.array([mean.item() for mean in means]), {name: np.array(g) for name, g in tree_flatten(found)}
 
 
 def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray], atol: float = 1e-6) -> bool:

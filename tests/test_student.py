@@ -18,7 +18,7 @@ from distill_trainer.objective import Objective
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.report import TrainReport
 from distill_trainer.student import keep_layers, load_student, make_trainable, save_student, trainable
-from distill_trainer.train import run_steps
+from distill_trainer.train import Parts, run_steps
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, load_model
 from tests.runs import World, make_world
@@ -40,19 +40,8 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     optimizer = make_optimizer("adam", {}, config.learning_rate, None)
     objective = Objective(config, None)
     checkpoints = Checkpoints(config, student, optimizer, objective, [], world.sequences())
-    run_steps(
-        config,
-        distill_kernels.split_head(student.model),
-        optimizer,
-        objective,
-        world.sequences(),
-        None,
-        [],
-        None,
-        checkpoints,
-        TrainReport(),
-        lambda _: None,
-    )
+    parts = Parts(config, distill_kernels.split_head(student.model), optimizer, objective, world.sequences())
+    run_steps(parts, checkpoints, TrainReport(), lambda _: None)
     line = save_student(student, config)
     student.model.eval()
     return student, line

@@ -7,13 +7,10 @@ import distill_kernels
 from distill_kernels import SparseKL
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from distill_trainer.batches import Batch, Weighing, collate
-from distill_trainer.gradients import mean_gradient
 from distill_trainer.target_source import open_stores
 from distill_trainer.train import batch_loss
 from distill_trainer.weights import thought_spans, weighted
@@ -22,7 +19,7 @@ from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError,
 from logitstore.model import load_model
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
-from tests.runs import World, make_world, write_jsonl
+from tests.runs import World, gradient, make_world, write_jsonl
 from tests.test_documents import write_parquet
 from tests.tiny import tiny_tokenizer
 
@@ -160,12 +157,6 @@ def batches(world: World, groups: list[list[int]], entropy_weight: float = 0.5, 
         assert batch is not None
         found.append(batch)
     return found
-
-
-def gradient(model: Any, chosen: list[Batch]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    head = distill_kernels.split_head(model)
-    means, found = mean_gradient(nn.value_and_grad(model, lambda b: batch_loss(head, SparseKL(), b)), chosen)
-    return np.array([mean.item() for mean in means]), {name: np.array(g) for name, g in tree_flatten(found)}
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -81,11 +81,10 @@ def rouge_l(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def _greedy(model: LoadedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """The likeliest tokens after a prompt, up to an end of text: the tokenizer's or one of the model's, as mlx-lm."""
+    """The likeliest tokens after a prompt, up to an end of text."""
     found: list[int] = []
     step: Any = generate_step(mx.array(prompt), model.model, max_tokens=max_tokens)
-    said = model.config.get("eos_token_id")
-    ends = {model.tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
+    ends = model.end_tokens
     for token, _ in step:
         if int(token) in ends:
             break

@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from logitstore.errors import ModelError
-from logitstore.trace import layers_of
+from logitstore.trace import as_instances, layers_of
 
 _CALL = "scaled_dot_product_attention"
 
@@ -38,14 +38,8 @@ def attention_maps(model: Module, layers: Sequence[int]) -> Iterator[dict[int, m
     every = layers_of(model)
     parts = {number: _attention_of(every[number], number) for number in layers}
     found: dict[int, mx.array] = {}
-    kinds = {number: type(part) for number, part in parts.items()}
-    try:
-        for number, part in parts.items():
-            part.__class__ = _reading(kinds[number], number, found)
+    with as_instances([(part, _reading(type(part), number, found)) for number, part in parts.items()]):
         yield found
-    finally:
-        for number, part in parts.items():
-            part.__class__ = kinds[number]
 
 
 def require_maps(model: Module, layers: Sequence[int]) -> None:

@@ -60,7 +60,7 @@ class Compared:
             row_sum(mx.where(p > 0, p * (log_p - log_q), 0)),
             row_sum(mx.where(q > 0, q * (log_q - log_p), 0)),
             (best == log_p.argmax(axis=-1)).astype(mx.float32),
-            _common(_top(log_p), _top(log_q)),
+            common(top(log_p), top(log_q)),
             row_sum(mx.minimum(p, q)),
             -at_ids(log_q, self.labels[:, None])[:, 0],
         ]
@@ -114,11 +114,11 @@ def log_softmax(logits: mx.array) -> mx.array:
     return z - log_sum_exp(z)[:, None]
 
 
-def _top(log_probs: mx.array) -> mx.array:
+def top(log_probs: mx.array) -> mx.array:
     """The ids of the TOP likeliest tokens of each row, [n, TOP]."""
     return mx.argpartition(-log_probs, TOP - 1, axis=-1)[:, :TOP]
 
 
-def _common(one: mx.array, other: mx.array) -> mx.array:
+def common(one: mx.array, other: mx.array) -> mx.array:
     """Which share of ids [n, TOP] the rows have in common, [n]."""
     return (one[:, :, None] == other[:, None, :]).any(axis=-1).astype(mx.float32).mean(axis=-1)

@@ -32,7 +32,7 @@ def read_config(path: Path, say: Callable[[str], object] = lambda _: None) -> di
     if not isinstance(values, dict):
         raise ConfigError(f"config {path} holds {type(values).__name__}, expected keys and values such as `alpha: 0.9`")
     known = [f.name for f in fields(TrainConfig)]
-    values = translated(values, known, path, say)
+    values = translated(values, path, say)
     for key in values:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)

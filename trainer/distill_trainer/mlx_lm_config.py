@@ -5,7 +5,7 @@ are left out and said; and those that ask for something else than training are r
 is measured on, as there.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,10 @@ LEFT_OUT = {
 """Keys of mlx-lm's without a place here, and why."""
 
 
-def translated(
-    values: Mapping[str, Any], known: Collection[str], where: object, say: Callable[[str], object]
-) -> dict[str, Any]:
+def translated(values: Mapping[str, Any], where: object, say: Callable[[str], object]) -> dict[str, Any]:
     """The same values under this project's names, without those that are left out.
 
     Args:
-        known: names of `TrainConfig`'s fields.
         where: names the file, for messages.
 
     Raises:
@@ -54,7 +51,7 @@ def translated(
             found[name] = value
     if "data" in values and (Path(str(values["data"])).expanduser() / "valid.jsonl").exists():
         found.setdefault("valid_split", "valid")  # as mlx-lm does
-    dropped = [key for key in values if key in LEFT_OUT and values[key] is not None and key not in known]
+    dropped = [key for key in values if key in LEFT_OUT and values[key] is not None]
     if dropped:
         reasons = "; ".join(f"{key} ({LEFT_OUT[key]})" for key in dropped)
         say(f"config {where}: left out {reasons}")

@@ -68,7 +68,7 @@ class OnPolicy:
 
     def _generated(self, prompt: npt.NDArray[np.int32], key: mx.array) -> npt.NDArray[np.int32]:
         """Tokens that the student says after a prompt, int32 [1 .. on_policy_tokens], the end of text among them."""
-        temperature, found, ends = self.config.on_policy_temperature, list[int](), self._ends
+        temperature, found, ends = self.config.on_policy_temperature, list[int](), self.student.end_tokens
 
         def sampler(log_probs: mx.array) -> mx.array:
             nonlocal key
@@ -85,12 +85,6 @@ class OnPolicy:
             if found[-1] in ends:
                 break
         return np.array(found, np.int32)
-
-    @property
-    def _ends(self) -> set[Any]:
-        """The tokens that end an answer, by the tokenizer and by the model's config."""
-        named = self.student.config.get("eos_token_id")
-        return {self.student.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
 
 
 def on_policy(

@@ -90,9 +90,9 @@ def _run_page(
     sections += answer_sections(given)
     figures = [figure for title, unit, keys in CURVES for figure in _curve(lines, title, unit, keys)]
     sections.append(Section("Step by step", [*figures, *_hit_rate(lines)], f"After {len(lines):,} steps."))
-    domains = sorted(key for key in _held_out(lines) if "/" in key)
+    values = _held_out(lines)
+    domains = sorted(key for key in values if "/" in key)
     if domains:
-        values = _held_out(lines)
         rows = tuple((key.partition("/")[2], key.partition("/")[0], f"{values[key]:.4f}") for key in domains)
         sections.append(Section("Held-out loss by domain", [Table(("domain", "what", "last"), rows)]))
     settings = tuple((key, _said(value)) for key, value in config.items() if value not in (None, [], {}, False))

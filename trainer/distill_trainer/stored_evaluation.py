@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate
-from distill_trainer.comparison import BINS, TOP, calibration, log_softmax, perplexity
+from distill_trainer.comparison import BINS, TOP, calibration, common, log_softmax, perplexity, top
 from distill_trainer.losses import Loss, loss_of
 from logitstore.contract import Store
 from logitstore.errors import DatasetError, IncompatibleStoreError
@@ -137,15 +137,14 @@ def _heads(
     recipe: Recipe,
 ) -> None:
     """What the head's tokens, or each entry's own probability, say."""
-    kind, in_head = recipe.selection.kind, np.arange(own.ids.shape[1]) < own.head_count[:, None]
+    kind = recipe.selection.kind
     if kind != "random":
         headed = own.head_count > 0
-        likeliest = own.ids[np.arange(len(own)), np.where(in_head, own.weights, -1).argmax(axis=1)]
+        likeliest = own.ids[np.arange(len(own)), np.where(own.in_head, own.weights, -1).argmax(axis=1)]
         means["agreement"].add((np.array(log_q.argmax(axis=-1)) == likeliest)[headed].astype(np.float64))
     if kind == "top-k" and own.ids.shape[1] >= TOP:
         theirs = np.take_along_axis(own.ids, np.argsort(-own.weights, axis=1)[:, :TOP], axis=1)
-        mine = np.array(mx.argpartition(-log_q, TOP - 1, axis=-1)[:, :TOP])
-        means["top5_agreement"].add((theirs[:, :, None] == mine[:, None, :]).any(axis=-1).mean(axis=1))
+        means["top5_agreement"].add(np.array(common(mx.array(theirs), top(log_q))))
     with np.errstate(divide="ignore"):
         log_p = np.log(own.weights.astype(np.float64)) if own.log_probs is None else own.log_probs
     if not recipe.selection.unbiased or own.log_probs is not None:

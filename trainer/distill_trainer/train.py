@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -135,24 +135,12 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             if head.reason:
                 say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
             try:
+                parts = Parts(
+                    config, head, optimizer, objective, sequences, draw, tuple(held_out), source, own, methods, among
+                )
                 tracking = tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say)
                 with among.together(), tracking as track:
-                    run_steps(
-                        config,
-                        head,
-                        optimizer,
-                        objective,
-                        sequences,
-                        draw,
-                        held_out,
-                        source,
-                        checkpoints,
-                        run,
-                        track,
-                        own,
-                        methods,
-                        among,
-                    )
+                    run_steps(parts, checkpoints, run, track)
             except (KeyboardInterrupt, StoreError, TeacherLostError, ProcessLostError) as error:
                 if not run.steps:
                     raise
@@ -191,29 +179,35 @@ def save_run(
         checkpoints.save(run)
 
 
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What the steps of a run are made of, as `train` has put it together."""
+
+    config: TrainConfig
+    head: distill_kernels.Head
+    optimizer: optim.Optimizer
+    objective: Objective
+    sequences: Sequence[TokenSequence]
+    draw: Draw | None = None
+    held_out: Sequence[TokenSequence] = ()
+    source: TargetSource | None = None
+    own: OnPolicy | None = None
+    """Lets the student, as it is by then, complete some of the documents."""
+    methods: Sequence[Method] = ()
+    among: Processes = ALONE
+
+
 def run_steps(
-    config: TrainConfig,
-    head: distill_kernels.Head,
-    optimizer: optim.Optimizer,
-    objective: Objective,
-    sequences: list[TokenSequence],
-    draw: Draw | None,
-    held_out: list[TokenSequence],
-    source: TargetSource | None,
-    checkpoints: Checkpoints,
-    report: TrainReport,
-    track: Callable[[Mapping[str, Any]], None],
-    own: OnPolicy | None = None,
-    methods: Sequence[Method] = (),
-    among: Processes = ALONE,
+    parts: Parts, checkpoints: Checkpoints, report: TrainReport, track: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """The loop: batches, targets, loss, step, metrics, checkpoint. `report` says where it begins, and is kept up."""
+    config, head, objective, source, methods = parts.config, parts.head, parts.objective, parts.source, parts.methods
+    optimizer, among = parts.optimizer, parts.among
     model = learner(head.model, methods)
     on_miss = "hard-only" if source is None else source.on_miss
     # before a second thread reads the stores; one process measures, and the others wait for it in their next step
-    watched = hold_out(config, held_out, source, objective) if among.first else None
-    skip = report.steps * config.grad_accumulation_steps
-    answers = answered_batches(config, objective, sequences, draw, source, own, skip, among)
+    watched = hold_out(config, parts.held_out, source, objective) if among.first else None
+    answers = answered_batches(parts, skip=report.steps * config.grad_accumulation_steps)
     asks = source is not None and source.asks
     if not asks:  # else two threads would share the GPU
         answers = prefetched(answers, AHEAD)
@@ -268,7 +262,7 @@ def run_steps(
                     "hits": count.hits,
                     "misses": count.misses,
                     **({"failed": count.failed} if asks else {}),
-                    **({"on_policy": count.on_policy, "generated": count.generated} if own else {}),
+                    **({"on_policy": count.on_policy, "generated": count.generated} if parts.own else {}),
                     **({"unasked": count.unasked} if config.max_teacher_length else {}),
                     "trained_tokens": n,
                     "alpha": alpha,
@@ -294,29 +288,23 @@ def run_steps(
 
 
 def answered_batches(
-    config: TrainConfig,
-    objective: Objective,
-    sequences: list[TokenSequence],
-    draw: Draw | None,
-    source: TargetSource | None,
-    own: OnPolicy | None = None,
-    skip: int = 0,
-    among: Processes = ALONE,
+    parts: Parts, skip: int = 0
 ) -> Generator[tuple[list[TokenSequence], list[SparseTargets | None], Count]]:
     """Endless batches of documents, this process's share of each, and their targets.
 
     Each epoch reads the next of several stored draws.
 
     Args:
-        own: lets the student, as it is by then, complete some of them.
         skip: batches that have been taken already.
     """
-    order = epochs([len(s.trained) for s in sequences], config.batch_size, config.seed, draw)
+    config, source, among = parts.config, parts.source, parts.among
+    order = epochs([len(s.trained) for s in parts.sequences], config.batch_size, config.seed, parts.draw)
     for number, (epoch, numbers) in enumerate(islice(order, skip, None), skip):
-        temperature = objective.temperature(number // config.grad_accumulation_steps + 1)
-        documents = [sequences[i] for i in numbers]
-        shared = list(among.share(documents))
-        chosen, generated = (shared, Count()) if own is None else own.batch(documents, number, among)
+        temperature = parts.objective.temperature(number // config.grad_accumulation_steps + 1)
+        documents = [parts.sequences[i] for i in numbers]
+        chosen, generated = list(among.share(documents)), Count()
+        if parts.own is not None:
+            chosen, generated = parts.own.batch(documents, number, among)
         nothing: list[SparseTargets | None] = [None] * len(chosen)
         targets, count = source.answer(chosen, epoch, temperature) if source else (nothing, Count())
         yield chosen, targets, count + generated

@@ -40,10 +40,7 @@ def weighted(
         marks = config.think_start.encode(), config.think_end.encode()
         for sequence, weight in zip(sequences, weights, strict=True):
             spans = list(thought_spans([vocabulary.tokens[i] for i in sequence.token_ids], *marks))
-            for (
-                start,
-                stop,
-            ) in spans:  # of tokens, at least one of the mark before them: position t predicts token t + 1
+            for start, stop in spans:  # of tokens, some of the mark before them: position t predicts token t + 1
                 weight[start - 1 : stop - 1] = config.think_weight
                 thoughts += int(sequence.trained[start - 1 : stop - 1].sum())
             thinking += bool(spans)
