@@ -79,6 +79,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="separated by commas")
     parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 2:
+        parser.error(f"--steps is {arguments.steps}, expected at least 2: one to warm up")
     make, steps = WORLDS[arguments.world]
     world = make(arguments.out, arguments.steps or steps)
 
