@@ -8,6 +8,7 @@ import pytest
 
 from distill_trainer.batches import BUCKET_BATCHES, epochs
 from distill_trainer.choosing import choose
+from distill_trainer.combine import in_order
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw, by_shares
 from distill_trainer.mix import Mix
@@ -54,7 +55,7 @@ def chosen(many: tuple[Path, list[TokenSequence]], **options: Any) -> tuple[list
     said: list[str] = []
     path, sequences = many
     kept, draw = choose(
-        config(**options), [open_store(path)] if config(**options).store else [], sequences, said.append
+        config(**options), in_order([open_store(path)] if config(**options).store else []), sequences, said.append
     )
     return [int(sequence.where.split()[1]) for sequence in kept], draw, said
 
@@ -221,7 +222,7 @@ def test_what_the_documents_do_not_have_is_refused(many: tuple[Path, list[TokenS
     store = create_store(tmp_path / "r", made, VOCABULARY)
     store.write_documents([guessed(tokens(1, 9), made.recipe, np.random.default_rng(0))])
     with pytest.raises(ConfigError, match=r"does not know disagreement: random:9 counts draws.*; type one of length"):
-        choose(config(sample="disagreement"), [store], many[1], lambda _: None)
+        choose(config(sample="disagreement"), in_order([store]), many[1], lambda _: None)
     assert Mix.parse("a:x=y=2,z=1").shares == {"x=y": 2.0, "z": 1.0}
 
 

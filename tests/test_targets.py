@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distill_trainer.combine import in_order
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import TargetSource
 from logitstore.errors import ConfigError, IncompatibleStoreError, MissingTargetsError, StoreWriteError
@@ -53,8 +54,9 @@ def contents(store: Path) -> dict[str, bytes]:
 
 def test_each_policy_does_what_it_says_on_a_miss_and_counts_it(tmp_path: Path, world: World) -> None:
     world.build(tmp_path / "part.zarr", limit=2)
-    stores, sequences = [open_store(tmp_path / "part.zarr")], world.sequences()
-    recipe = stores[0].manifest.recipe
+    stores, sequences = in_order([open_store(tmp_path / "part.zarr")]), world.sequences()
+    recipe = stores.recipe
+    assert recipe is not None
     hits, misses = (sum(int(s.trained.sum()) for s in part) for part in (sequences[:2], sequences[2:]))
     for policy in ("skip", "hard-only"):
         answers, count = TargetSource(stores, recipe, policy).answer(sequences)
@@ -84,7 +86,7 @@ def test_temperature_and_selection_are_the_stores_and_others_are_refused_with_th
     world.build(tmp_path / "warm.zarr", temperature=(2.0,), select="threshold:8")
     path = (str(tmp_path / "warm.zarr"),)
     for options in ({}, {"temperature": 2.0, "select": "threshold:8"}):
-        (store,) = open_stores(world.config(tmp_path / "o", store=path, **options))
+        (store,) = open_stores(world.config(tmp_path / "o", store=path, **options)).stores
         assert (store.manifest.recipe.temperatures, str(store.manifest.recipe.selection)) == ((2.0,), "threshold:8")
     with pytest.raises(
         ConfigError, match=r"serves temperature 2, this run asks for 1; .* `logitstore build --temperature 1`"
@@ -134,7 +136,7 @@ def test_an_interrupted_run_keeps_what_the_teacher_answered(tmp_path: Path, worl
     config = world.config(
         tmp_path / "o", store=(str(tmp_path / "s.zarr"),), teacher=str(world.teacher), write_back=True
     )
-    with pytest.raises(KeyboardInterrupt), target_source(config, [], tiny_tokenizer()) as source:
+    with pytest.raises(KeyboardInterrupt), target_source(config, in_order([]), tiny_tokenizer()) as source:
         source.answer(world.sequences()[:2])
         raise KeyboardInterrupt
     store = open_store(tmp_path / "s.zarr")
@@ -147,6 +149,6 @@ def test_an_online_run_without_a_store_does_not_read_the_weights_again_for_a_dig
 ) -> None:
     monkeypatch.delattr(Teacher, "manifest")
     config = world.config(tmp_path / "o", teacher=str(world.teacher), select="top-k:8", temperature=2.0)
-    with target_source(config, [], tiny_tokenizer()) as source:
+    with target_source(config, in_order([]), tiny_tokenizer()) as source:
         assert (str(source.recipe.selection), source.recipe.temperatures) == ("top-k:8", (2.0,))
         assert None not in source.answer(world.sequences()[:2])[0]

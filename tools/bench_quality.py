@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from distill_trainer.batches import Weighing, collate, epochs
+from distill_trainer.combine import in_order
 from distill_trainer.evaluate import evaluate
 from distill_trainer.targets import TargetSource
 from logitstore.build import BuildConfig, build
@@ -110,7 +111,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 def learn(world: World, teacher: Teacher, method: Method, store: Store | None, seed: int) -> dict[str, float]:
     """Train a student, and hold it against its teacher on the held-out text."""
     student = world.student(seed)
-    source = None if store is None else TargetSource([store], store.manifest.recipe, "error")
+    source = None if store is None else TargetSource(in_order([store]), store.manifest.recipe, "error")
     optimizer = world.optimizer()
 
     def loss(tokens: mx.array, rows: mx.array, *constants: mx.array) -> mx.array:

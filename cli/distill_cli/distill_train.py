@@ -15,7 +15,16 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--student", help="An mlx-lm model folder, a .gguf file, or a hub id.")
 @click.option("--dataset", help="A .jsonl or .parquet file, an mlx-lm data folder, or a hub dataset.")
 @click.option("--out", help="A new folder for the adapter or model, its metrics and config.")
-@click.option("--store", multiple=True, help="A store to read; several are asked in order.")
+@click.option(
+    "--store",
+    multiple=True,
+    help="A store to read; several are asked in order. PATH=SHARE each: the teacher is a mixture of theirs.",
+)
+@click.option(
+    "--combine",
+    help="Several teachers: label, at each position the one that gave the label more; or column:NAME, with --store "
+    "PATH=VALUE each, by the documents' values in a column.",
+)
 @click.option("--teacher", help="A live teacher: alone, for online distillation; with a store, for its misses.")
 @click.option("--teacher-adapter-path", help="A LoRA adapter of the teacher.")
 @click.option("--split", default="train", show_default=True, help="Which split of a data folder or hub dataset.")

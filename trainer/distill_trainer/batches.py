@@ -144,13 +144,11 @@ def collate(
         ids, tail = np.zeros((n, k), np.uint32), np.zeros(n, np.float32)
         weights, log_probs = np.zeros((n, k), np.float32), np.zeros((n, k), np.float32)
         if target is not None:
-            ids[answered], weights[answered], tail[answered] = (
-                target.ids[at],
-                target.weights[at],
-                target.log_tail_mass[at],
-            )
+            own = slice(target.ids.shape[1])  # another teacher's may be wider
+            ids[answered, own], weights[answered, own] = target.ids[at], target.weights[at]
+            tail[answered] = target.log_tail_mass[at]
             if target.log_probs is not None:
-                log_probs[answered] = target.log_probs[at]
+                log_probs[answered, own] = target.log_probs[at]
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
         ce = np.float32(weighing.ce) * (1 - alpha)
         labels = sequence.token_ids[positions + 1]

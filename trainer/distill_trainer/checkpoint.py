@@ -31,6 +31,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+from distill_trainer.combine import Combination
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import random_key, seed
 from distill_trainer.method import PROJECTORS, Method, load_own, own_parameters, save_own
@@ -182,6 +183,7 @@ class Checkpoints:
             free = free | {"on_miss"}  # says what follows when it is lost, and a run that lost it is to go on
         pairs = [(name, was.get(name), now.get(name)) for name in {**was, **now} if name not in free]
         then, today = state["sources"], self._sources
+        pairs.append(("shares or values of --store", _shares(was), _shares(now)))
         pairs += [(f"the content of the {name}", then.get(name), today.get(name)) for name in {**then, **today}]
         for name, before, after in pairs:
             if before != after:
@@ -193,6 +195,12 @@ class Checkpoints:
             raise ConfigError(
                 f"{folder} is already after step {steps}, iters is {self._config.iters}; type --iters with more"
             )
+
+
+def _shares(config: Mapping[str, Any]) -> str | None:
+    """What is typed after the paths of stores, which themselves may differ."""
+    combination = Combination.parse(config["store"], config.get("combine"))
+    return ", ".join(map(str, combination.shares or combination.values)) or None
 
 
 def cut_metrics(out: Path, steps: int) -> None:

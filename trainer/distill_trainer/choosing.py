@@ -14,21 +14,20 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from distill_trainer.combine import Teachers
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw, by_shares
 from distill_trainer.mix import Mix
 from logitstore.condition import Condition
-from logitstore.contract import Store
 from logitstore.errors import ConfigError, MissingTargetsError
 from logitstore.measures import Measures, measure, require_known
 from logitstore.sequences import TokenSequence
-from logitstore.stack import Stack
 
 Values = npt.NDArray[np.float64]
 
 
 def choose(
-    config: TrainConfig, stores: Sequence[Store], sequences: list[TokenSequence], say: Callable[[str], object]
+    config: TrainConfig, teachers: Teachers, sequences: list[TokenSequence], say: Callable[[str], object]
 ) -> tuple[list[TokenSequence], Draw | None]:
     """The documents that the run trains on, and how they are drawn; None: each once an epoch.
 
@@ -39,7 +38,7 @@ def choose(
     """
     if not config.chooses:
         return sequences, None
-    kept, weights, ranks = _by_measure(config, stores, sequences, say)
+    kept, weights, ranks = _by_measure(config, teachers, sequences, say)
     if not len(kept):
         raise ConfigError(
             f"of {len(sequences):,} documents none is left to train on; "
@@ -70,21 +69,21 @@ def choose(
 
 
 def _by_measure(
-    config: TrainConfig, stores: Sequence[Store], sequences: Sequence[TokenSequence], say: Callable[[str], object]
+    config: TrainConfig, teachers: Teachers, sequences: Sequence[TokenSequence], say: Callable[[str], object]
 ) -> tuple[npt.NDArray[np.int64], Values | None, Values | None]:
     """The documents that the measures leave, and of all documents the weights of a sample and ranks of a curriculum."""
     conditions = [Condition.parse(text, "--filter") for text in config.filter]
     of_store = [name for name in config.measures if name != "length"]
-    for store in stores:
+    for store in teachers.stores:
         require_known(store.manifest, of_store, store.path)
-    stack = Stack(stores) if of_store else None
+    asked = teachers if of_store else None
     kept, unmeasured = np.ones(len(sequences), np.bool_), np.zeros(len(sequences), np.bool_)
     values = {name: np.empty(len(sequences)) for name in (config.sample, config.curriculum) if name}
     bar = tqdm(sequences, desc="measure", unit="doc", delay=1, leave=False, disable=config.quiet)
     for number, sequence in enumerate(bar):
-        measures = _measured(sequence, stack)
+        measures = _measured(sequence, asked)
         kept[number] = all(condition.holds(measures) for condition in conditions)
-        unmeasured[number] = stack is not None and not measures.positions
+        unmeasured[number] = asked is not None and not measures.positions
         for name, column in values.items():
             column[number] = measures.value(name)
     if conditions:
@@ -106,8 +105,8 @@ def _by_measure(
     return np.flatnonzero(kept), weights, ranks
 
 
-def _measured(sequence: TokenSequence, stack: Stack | None) -> Measures:
-    found = None if stack is None else sequence.own(stack.get(sequence.asked_ids))
+def _measured(sequence: TokenSequence, teachers: Teachers | None) -> Measures:
+    found = None if teachers is None else sequence.own(teachers.of(sequence).get(sequence.asked_ids))
     if found is None:
         return Measures(0, len(sequence.token_ids), math.nan, math.nan, math.nan)
     return measure(sequence.token_ids, found, sequence.trained)

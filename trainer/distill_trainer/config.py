@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from distill_trainer.combine import Combination
 from distill_trainer.layer_map import LayerMap
 from distill_trainer.losses import Term
 from distill_trainer.mix import Mix
@@ -31,7 +32,10 @@ class TrainConfig:
     dataset: str
     out: str
     store: tuple[str, ...] = ()
-    """Stores to read, in order of lookup. The first is written to by `write_back`."""
+    """Stores to read, in order of lookup; the first is written to by `write_back`. As PATH=SHARE or PATH=VALUE they are
+    of several teachers: see `distill_trainer.combine`."""
+    combine: str | None = None
+    """Who of several teachers teaches: label, or column:NAME. None: in order, or a mixture where shares are given."""
     teacher: str | None = None
     teacher_adapter_path: str | None = None
     """A LoRA adapter of the teacher; what this run makes lies in `out`."""
@@ -176,6 +180,7 @@ class TrainConfig:
             f"{', '.join(self.measures)} of a document is what a store knows before the run; "
             "type --store STORE, and not --write-back",
         )
+        self._require_one_teacher()
         self._require_temperature()
         for flag, template in (
             ("--teacher-prompt-template", self.teacher_prompt_template),
@@ -327,6 +332,22 @@ class TrainConfig:
             "type --store STORE, --teacher T and an --alpha above 0 with it",
         )
 
+    def _require_one_teacher(self) -> None:
+        combination = self.combination
+        if not combination.several:
+            return
+        for given, flag, why in (
+            (self.teacher is not None, "--teacher", "a live teacher is one of them"),
+            (self.hidden_loss is not None, "--hidden-loss", "hidden states are those of one"),
+            (not self.distils, "--alpha 0", "no teacher is read with it"),
+            (
+                combination.by == "mixture" and not set(self.measures) <= {"length"},
+                f"{', '.join(self.measures)} of a document",
+                "it is what one teacher says",
+            ),
+        ):
+            _require(not given, f"--store names several teachers, and {flag} does not fit: {why}; leave it out")
+
     def _require_temperature(self) -> None:
         try:
             asked = self.temperature_schedule
@@ -420,6 +441,11 @@ class TrainConfig:
         )
 
     @property
+    def combination(self) -> Combination:
+        """`store` and `combine`, read."""
+        return Combination.parse(self.store, self.combine)
+
+    @property
     def alpha_schedule(self) -> Schedule:
         """`alpha`, read."""
         return Schedule.parse(self._moving["alpha"] if self.progressive else self.alpha)
@@ -472,7 +498,7 @@ class TrainConfig:
     @property
     def columns(self) -> list[str]:
         """Columns of the dataset that are read beside those of its format."""
-        named = None if self.mix is None else Mix.parse(self.mix).column, self.outcome_column
+        named = None if self.mix is None else Mix.parse(self.mix).column, self.outcome_column, self.combination.column
         return list(dict.fromkeys(name for name in named if name))
 
     @property

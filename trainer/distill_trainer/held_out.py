@@ -102,7 +102,7 @@ def read_held_out(
     """
     if not config.holds_out:
         return []
-    columns = [config.domain_column] if config.domain_column else []
+    columns = [name for name in dict.fromkeys((config.domain_column, config.combination.column)) if name]
     dataset, split, report = config.valid_dataset or config.dataset, config.valid_split or "train", TokenizeReport()
     every = read_both(config, dataset, split, columns, tokenizer, report)
     count = len(every) if config.val_batches == -1 else config.val_batches * config.batch_size

@@ -4,12 +4,14 @@ Everything that must fit is held against everything else here, before the first 
 run's temperature and selection, the teacher, the student's tokenizer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from distill_trainer.combine import Teachers, in_order
 from distill_trainer.config import TrainConfig
+from distill_trainer.losses import Term
 from distill_trainer.objective import Objective
 from distill_trainer.targets import TargetSource
 from distill_trainer.temperatures import spaced
@@ -24,14 +26,15 @@ from logitstore.teacher import Teacher
 from logitstore.vocabulary import vocabulary_of
 
 
-def open_stores(config: TrainConfig) -> list[Store]:
+def open_stores(config: TrainConfig) -> Teachers:
     """Open the stores that are there; the first may be begun by the run itself when it writes back.
 
     Raises:
         StoreError: as `open_store`; stores that differ.
         ConfigError: a temperature or selection that the stores do not have.
     """
-    paths = list(config.store)
+    combination = config.combination
+    paths = list(combination.paths)
     if config.write_back and not Path(paths[0]).exists():
         paths.pop(0)
     stores: list[Store] = [open_store(path) for path in paths]
@@ -43,27 +46,29 @@ def open_stores(config: TrainConfig) -> list[Store]:
                 f"{store.path} was imported from {store.manifest.imported}, which keeps no entropy, expected one to "
                 "weigh positions by; leave --entropy-weight out, or `logitstore build` a store"
             )
-    for store in stores[1:]:
-        store.manifest.require_compatible(stores[0].manifest, store.path)
-    if stores:
-        first, recipe = stores[0], stores[0].manifest.recipe
-        Objective(config, recipe, str(first.path))
+    teachers = combination.over(stores)
+    for store in stores if combination.several else stores[:1]:
+        recipe = store.manifest.recipe
+        Objective(config, recipe, str(store.path))
         if config.select is not None and Selection.parse(config.select) != recipe.selection:
             raise ConfigError(
-                f"{first.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
+                f"{store.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
                 f"leave --select out, or type `logitstore build --select {config.select}` for another store"
             )
-    return stores
+    if combination.several and teachers.recipe is not None:
+        combination.require_losses([Term.parse(text).name for text in config.loss], teachers.recipe)
+        Objective(config, teachers.recipe, combination.named)
+    return teachers
 
 
 @contextmanager
 def target_source(
-    config: TrainConfig, stores: Sequence[Store], tokenizer: object, say: Callable[[str], object] = lambda _: None
+    config: TrainConfig, teachers: Teachers, tokenizer: object, say: Callable[[str], object] = lambda _: None
 ) -> Iterator[TargetSource]:
     """Give the run its source of targets; what the teacher answered is in the store when the block is left, however.
 
     Args:
-        stores: from `open_stores`.
+        teachers: from `open_stores`.
         tokenizer: the student's.
         say: takes the one line that the teacher is lost, if it is.
 
@@ -75,16 +80,16 @@ def target_source(
         StoreWriteError: answers cannot be kept, or another run keeps its own there.
     """
     fingerprint = vocabulary_of(tokenizer).fingerprint()
+    stores, recipe = teachers.stores, teachers.recipe
     for store in stores:
         require_same_tokenizer(store, fingerprint, config.student)
     if config.teacher is None:
-        yield TargetSource(stores, stores[0].manifest.recipe, config.miss_policy)
+        assert recipe is not None  # the config sees to it
+        yield TargetSource(teachers, recipe, config.miss_policy)
         return
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
-    if stores:
-        recipe = stores[0].manifest.recipe
-    else:
+    if recipe is None:
         if teacher.vocabulary.fingerprint() != fingerprint:
             raise ConfigError(
                 f"teacher {config.teacher} and student {config.student} have different tokenizers; "
@@ -101,10 +106,10 @@ def target_source(
         writer = None
         if config.write_back:
             first = open_or_create(Path(config.store[0]), wanted, teacher)
-            stores = [first, *(store for store in stores if store.path != first.path)]
+            teachers = in_order([first, *(store for store in stores if store.path != first.path)])
             writer = stack.enter_context(first.writer(WRITE_BACK))
         most = config.max_teacher_length
-        source = TargetSource(stores, recipe, config.miss_policy, teacher, writer, max_teacher_length=most, say=say)
+        source = TargetSource(teachers, recipe, config.miss_policy, teacher, writer, max_teacher_length=most, say=say)
         stack.callback(source.close)
         yield source
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
+from distill_trainer.combine import Teachers
 from distill_trainer.config import OnMiss
 from distill_trainer.live_teacher import LiveTeacher
-from logitstore.contract import Store, Writer
+from logitstore.contract import Writer
 from logitstore.errors import MissingTargetsError
 from logitstore.key import document_key
 from logitstore.plan import shard_positions
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
-from logitstore.stack import Stack
 from logitstore.targets import SparseTargets
 from logitstore.teacher import Teacher
 
@@ -46,7 +46,7 @@ class TargetSource:
     """Answers for documents.
 
     Args:
-        stores: in order of lookup; all with this recipe.
+        teachers: who answers from stores, with this recipe.
         on_miss: "error" with no teacher; with one, what is done where it does not answer: "online" stops the run.
         teacher: asked on a miss.
         writer: keeps the teacher's answers.
@@ -56,7 +56,7 @@ class TargetSource:
 
     def __init__(
         self,
-        stores: Sequence[Store],
+        teachers: Teachers,
         recipe: Recipe,
         on_miss: OnMiss,
         teacher: Teacher | None = None,
@@ -66,7 +66,7 @@ class TargetSource:
     ) -> None:
         self.recipe = recipe
         self.on_miss = on_miss
-        self._stack = Stack(stores)
+        self._teachers = teachers
         self.teacher = teacher
         self._teacher = None if teacher is None else LiveTeacher(teacher, on_miss, say)
         self._writer = writer
@@ -124,7 +124,8 @@ class TargetSource:
             )
         if lost and self._teacher is not None:
             recipe = self.recipe
-            if self._writer is None and not self._stack.stores and temperature is not None:  # nobody reads the others
+            alone = self._writer is None and not self._teachers.stores
+            if alone and temperature is not None:  # nobody reads the others
                 recipe = replace(recipe, temperatures=(temperature,))
             records = self._teacher.records([self._live_ids(sequences[i]) for i in lost], recipe)
             for i, record in zip(lost, records, strict=True):
@@ -148,9 +149,10 @@ class TargetSource:
 
     def _answered(self, sequence: TokenSequence) -> int:
         """How many leading positions of the document are answered without the teacher."""
-        positions = self._stack.answered(sequence.asked_ids)
+        stores = self._teachers.of(sequence)
+        positions = stores.answered(sequence.asked_ids)
         if self._cut(sequence) and positions < len(self._live_ids(sequence)) - 1:
-            positions = max(positions, self._stack.answered(self._live_ids(sequence)))
+            positions = max(positions, stores.answered(self._live_ids(sequence)))
         if self._writer is not None and document_key(self._live_ids(sequence)) in self._writer:
             positions = max(positions, len(self._live_ids(sequence)) - 1)
         return sequence.answered(positions)
@@ -168,12 +170,13 @@ class TargetSource:
 
     def _look_up(self, sequence: TokenSequence, epoch: int, temperature: float | None) -> SparseTargets | None:
         """What is known of what the teacher reads, without asking it."""
-        found = self._stack.get(sequence.asked_ids, temperature, epoch)
+        stores = self._teachers.of(sequence)
+        found = stores.get(sequence.asked_ids, temperature, epoch)
         most = len(self._live_ids(sequence)) - 1
         if self._writer is not None and (found is None or len(found) < most):
             kept = self._writer.pending.get(document_key(self._live_ids(sequence)))
             if kept is not None:
                 return self.recipe.read(kept.records, temperature, epoch)
         if self._cut(sequence) and (found is None or len(found) < most):  # a short beginning has a key and no more
-            found = self._stack.get(self._live_ids(sequence), temperature, epoch) or found
+            found = stores.get(self._live_ids(sequence), temperature, epoch) or found
         return found

@@ -85,20 +85,21 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         (require_run if config.resume else require_new)(Path(config.out))
     if not among.first:
         config, say = replace(config, quiet=True, report_to=()), lambda _: None
-    stores = open_stores(config)
+    teachers = open_stores(config)
     student = load_student(config)
     report = TokenizeReport()
     sequences = read_both(config, config.dataset, config.split, config.columns, student.tokenizer, report)
     say(report.describe("--max-seq-length"))
     sequences = weighted(sequences, config, student.tokenizer, say)
-    sequences, draw = choose(config, stores, sequences, say)
+    config.combination.say(teachers, sequences, say)
+    sequences, draw = choose(config, teachers, sequences, say)
     held_out = read_held_out(config, student.tokenizer, sequences, say)
     vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
 
     folder = output_folder(Path(config.out), new=not config.resume) if among.first else nullcontext(Path(config.out))
     with folder as out:
-        asked = target_source(config, stores, student.tokenizer, say) if config.distils else nullcontext()
+        asked = target_source(config, teachers, student.tokenizer, say) if config.distils else nullcontext()
         with asked as source:
             if source is not None:
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
@@ -120,6 +121,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             )
             run, failure = TrainReport(), None
             objective = Objective(config, None if source is None else source.recipe)
+            stores = teachers.stores
             checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out, methods)
             if config.resume:
                 checkpoints.restore(run)

@@ -1,0 +1,303 @@
+"""Which of several stores teaches a position.
+
+    --store A --store B                                       in order: the first that answers a document; one teacher
+    --store A=0.7 --store B=0.3                               a mixture: 0.7 p_A + 0.3 p_B
+    --store A --store B --combine label                       position by position, who gave the label more
+    --store A=math --store B=code --combine column:subject    by the document's value in a column of the dataset
+
+All but the first are of several teachers, with one tokenizer. What they need of each other is checked here, before the
+first step: one kind of targets, and a temperature that all serve. A mixture answers the positions that all answer.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distill_trainer.mixture import best_of, mixed
+from logitstore.contract import Store
+from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.measures import require_known
+from logitstore.recipe import Recipe
+from logitstore.sequences import TokenSequence
+from logitstore.stack import Stack
+from logitstore.targets import SparseTargets
+
+LINEAR = ("kl", "soft-ce")
+"""Losses that are linear in the teacher's probabilities, but for what does not depend on the student."""
+By = Literal["order", "mixture", "label", "column"]
+FORM = (
+    "type --store A=0.7 --store B=0.3, --store A --store B --combine label, or --store A=VALUE --store B=VALUE "
+    "--combine column:NAME"
+)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """`--store` and `--combine`, read."""
+
+    by: By
+    paths: tuple[str, ...]
+    shares: tuple[float, ...] = ()
+    """Of a mixture, one a path; their sum is 1."""
+    column: str | None = None
+    values: tuple[str, ...] = ()
+    """Of the column, one a path."""
+
+    @classmethod
+    def parse(cls, stores: Sequence[str], combine: str | None) -> "Combination":
+        """Read what was typed. What follows the last = of a path is a share where it is a number.
+
+        Raises:
+            ConfigError: saying what to type.
+        """
+        split = [text.rpartition("=") for text in stores]
+        shares = [_number(share) for _, _, share in split]
+        way, _, column = (combine or "").partition(":")
+        if combine is None:
+            if not any(share is not None for share in shares):
+                return cls("order", tuple(stores))
+            for text, share in zip(stores, shares, strict=True):
+                if share is None or not 0 < share < math.inf:
+                    raise ConfigError(f"--store {text} gives no share above 0, and another --store gives one; {FORM}")
+            _require_several(stores, "a share (a path that ends in =NUMBER: type a / after it)")
+            given = [share for share in shares if share is not None]
+            return cls("mixture", _distinct([path for path, _, _ in split]), tuple(s / sum(given) for s in given))
+        if combine == "label":
+            _require_several(stores, "--combine")
+            return cls("label", _distinct(stores))
+        if way != "column" or not column:
+            raise ConfigError(f"--combine {combine} is no way to combine stores; {FORM}")
+        for text, (path, equals, value) in zip(stores, split, strict=True):
+            if not (path and equals and value):
+                raise ConfigError(f"--store {text} does not say which {column} it teaches; type --store {text}=VALUE")
+        _require_several(stores, "--combine")
+        paths, values = [path for path, _, _ in split], [value for _, _, value in split]
+        if len(set(values)) < len(values):
+            raise ConfigError(f"--store names one {column} twice, {', '.join(values)}; type each once")
+        return cls("column", tuple(paths), column=column, values=tuple(values))
+
+    @property
+    def several(self) -> bool:
+        """Whether the stores are of several teachers."""
+        return self.by != "order"
+
+    @property
+    def named(self) -> str:
+        """The stores, for messages."""
+        return " and ".join(self.paths)
+
+    def require_losses(self, names: Sequence[str], recipe: Recipe) -> None:
+        """Check that what the stores serve together serves these losses, each of which every one of them serves.
+
+        Raises:
+            IncompatibleStoreError: a mixture of samples, and a loss that is not linear in p.
+        """
+        if self.by == "mixture" and recipe.selection.unbiased:
+            for name in names:
+                if name not in LINEAR:
+                    raise IncompatibleStoreError(
+                        f"a mixture of {self.named} cannot serve --loss {name}: of samples ({recipe.selection}) it "
+                        "does not tell an entry's probability; type `logitstore build --select top-k:50` for other "
+                        f"stores, or --loss {'|'.join(LINEAR)}"
+                    )
+
+    def over(self, stores: Sequence[Store]) -> "Teachers":
+        """The teachers that stores stand for; in order, as many of the paths as are there.
+
+        Raises:
+            IncompatibleStoreError: stores that do not go together.
+            ConfigError: no temperature that all serve.
+        """
+        if self.by == "order":
+            for store in stores[1:]:
+                store.manifest.require_compatible(stores[0].manifest, store.path)
+            return in_order(stores)
+        recipe = _common_recipe(stores, self.by)
+        if self.by == "column":
+            by_value = {value: Stack([store]) for value, store in zip(self.values, stores, strict=True)}
+            column, nobody = self.column, Stack([])
+            return Teachers(stores, recipe, lambda s: by_value.get(str(s.columns[column or ""]), nobody))
+        one: Answering
+        if self.by == "mixture":
+            one = Mixture(stores, recipe, self.shares)
+        else:
+            for store in stores:
+                require_known(store.manifest, ["nll"], store.path)
+            one = ByLabel(stores, recipe)
+        return Teachers(stores, recipe, lambda _: one)
+
+    def say(self, teachers: "Teachers", sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> None:
+        """Say who teaches what.
+
+        Raises:
+            ConfigError: a store that teaches no document, with the nearest value that there is.
+        """
+        names = [f"{s.path} (teacher {s.manifest.teacher.name})" for s in teachers.stores]
+        if self.by == "mixture":
+            shares = [f"{s:.3g} of {name}" for s, name in zip(self.shares, names, strict=True)]
+            say(f"the teacher is a mixture: {' + '.join(shares)}")
+        elif self.by == "label":
+            say(f"at each position the one that gave the label more: {', '.join(names)}")
+        elif self.column is not None:
+            found = [str(sequence.columns[self.column]) for sequence in sequences]
+            for value in self.values:
+                if value not in found:
+                    near = difflib.get_close_matches(value, set(found), 1)
+                    raise ConfigError(
+                        f"no document has {value} as its {self.column}; "
+                        + (f"did you mean {near[0]}? " if near else "")
+                        + f"type --store with one of {', '.join(sorted(set(found))[:5])}"
+                    )
+            counts = [
+                f"{found.count(value):,} of {value} by {name}" for value, name in zip(self.values, names, strict=True)
+            ]
+            others = sum(value not in self.values for value in found)
+            say(f"documents: {', '.join(counts)}; {others:,} of another {self.column}, which no store answers")
+
+
+class Answering(Protocol):
+    """Who answers a document: `Stack`, or several teachers as one."""
+
+    def get(
+        self, token_ids: npt.NDArray[np.integer], temperature: float | None = None, replica: int = 0
+    ) -> SparseTargets | None:
+        """Targets of all or of the first of its positions."""
+        ...
+
+    def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
+        """How many positions `get` would answer."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Teachers:
+    """Stores, and who of them answers what."""
+
+    stores: Sequence[Store]
+    recipe: Recipe | None
+    """What they serve; None where there are none yet. Of several teachers it tells losses and temperatures, and reads
+    no records."""
+    of: Callable[[TokenSequence], Answering]
+
+
+def in_order(stores: Sequence[Store]) -> Teachers:
+    """Stores of one recipe, asked in order."""
+    stack = Stack(stores)
+    return Teachers(stores, stores[0].manifest.recipe if stores else None, lambda _: stack)
+
+
+class _Several:
+    """Stores of several teachers that each have a say about every document."""
+
+    def __init__(self, stores: Sequence[Store], recipe: Recipe) -> None:
+        self._stores = stores
+        self._recipe = recipe
+
+    def _answers(
+        self, token_ids: npt.NDArray[np.integer], temperature: float | None, replica: int
+    ) -> list[SparseTargets | None]:
+        at = self._recipe.temperatures[0] if temperature is None else temperature
+        return [store.get(token_ids, at, replica) for store in self._stores]
+
+
+class Mixture(_Several):
+    """Their mixture, of the positions that all answer."""
+
+    def __init__(self, stores: Sequence[Store], recipe: Recipe, shares: Sequence[float]) -> None:
+        super().__init__(stores, recipe)
+        self._shares = shares
+
+    def get(
+        self, token_ids: npt.NDArray[np.integer], temperature: float | None = None, replica: int = 0
+    ) -> SparseTargets | None:
+        """See `mixed`; None where one does not know the document."""
+        found = self._answers(token_ids, temperature, replica)
+        there = [answer for answer in found if answer is not None]
+        if len(there) < len(found):
+            return None
+        return mixed(there, self._shares, unbiased=self._recipe.selection.unbiased)
+
+    def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
+        """How many positions all of them answer."""
+        return min(store.answered(token_ids) for store in self._stores)
+
+
+class ByLabel(_Several):
+    """At each position the one that gave the label the highest log-prob."""
+
+    def get(
+        self, token_ids: npt.NDArray[np.integer], temperature: float | None = None, replica: int = 0
+    ) -> SparseTargets | None:
+        """See `best_of`; None where nobody knows the document."""
+        there = [answer for answer in self._answers(token_ids, temperature, replica) if answer is not None]
+        return best_of(there) if there else None
+
+    def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
+        """How many positions one of them answers at least."""
+        return max(store.answered(token_ids) for store in self._stores)
+
+
+def _common_recipe(stores: Sequence[Store], by: By) -> Recipe:
+    """What all of the stores serve."""
+    first = stores[0]
+    recipe, identity = first.manifest.recipe, first.manifest.tokenizer
+    served = list(recipe.served_temperatures)
+    for store in stores[1:]:
+        other = store.manifest
+        if other.tokenizer.fingerprint != identity.fingerprint:
+            raise IncompatibleStoreError(
+                f"{store.path} was built with tokenizer {other.tokenizer.fingerprint} (teacher {other.teacher.name}), "
+                f"{first.path} with {identity.fingerprint} (teacher {first.manifest.teacher.name}); several teachers "
+                "must have one tokenizer: name other stores"
+            )
+        if other.recipe.selection.unbiased != recipe.selection.unbiased:
+            raise IncompatibleStoreError(
+                f"{store.path} was built with --select {other.recipe.selection} and {first.path} with "
+                f"{recipe.selection}, one a sample and one truncated, and no loss reads both; "
+                f"type `logitstore build --select {recipe.selection}` for another store"
+            )
+        served = [temperature for temperature in served if temperature in other.recipe.served_temperatures]
+        if not served:
+            raise ConfigError(
+                f"{store.path} serves temperature {_listed(other.recipe.served_temperatures)}, {first.path} "
+                f"{_listed(recipe.served_temperatures)}, none in common; "
+                f"type `logitstore build --temperature {recipe.temperatures[0]:g}` for another store"
+            )
+    recipes = [store.manifest.recipe for store in stores]
+    return replace(
+        recipe,
+        temperatures=tuple(served),
+        vocab_size=max(each.vocab_size for each in recipes),
+        replicas=1,
+        tail_log_probs=by != "mixture" and all(each.tail_log_probs for each in recipes),
+        log_z=(),
+        hidden_layers=(),
+        hidden_size=0,
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _listed(temperatures: Sequence[float]) -> str:
+    return ",".join(f"{temperature:g}" for temperature in temperatures)
+
+
+def _require_several(stores: Sequence[str], what: str) -> None:
+    if len(stores) < 2:
+        raise ConfigError(f"{what} is given, and {len(stores)} store; several are combined: {FORM}")
+
+
+def _distinct(paths: Sequence[str]) -> tuple[str, ...]:
+    if len(set(paths)) < len(paths):
+        raise ConfigError(f"--store names one store twice, {', '.join(paths)}; type each once")
+    return tuple(paths)
