@@ -21,7 +21,7 @@ from mlx.nn.layers.base import Module
 
 from distill_trainer.attention_maps import attention_maps
 from distill_trainer.batches import Batch, Beside
-from distill_trainer.config import AttentionKind
+from distill_trainer.kinds import AttentionKind
 from distill_trainer.layer_map import Pairs
 from distill_trainer.method import Answers
 

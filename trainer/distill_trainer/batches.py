@@ -15,8 +15,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from distill_trainer.config import OnMiss
 from distill_trainer.draw import Draw
+from distill_trainer.kinds import OnMiss
 from distill_trainer.packing import rows_of
 from distill_trainer.weights import entropy_factors
 from logitstore.sequences import TokenSequence

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from distill_trainer.config import AttentionKind, FineTuneType, HiddenKind, OnMiss, TrainConfig
+from distill_trainer.config import TrainConfig
+from distill_trainer.kinds import AttentionKind, FineTuneType, HiddenKind, OnMiss
 from distill_trainer.mlx_lm_config import translated
 from distill_trainer.optimizer import OptimizerName
 from logitstore.errors import ConfigError

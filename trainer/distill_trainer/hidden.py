@@ -26,7 +26,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from distill_trainer.batches import Batch, Beside
-from distill_trainer.config import HiddenKind
+from distill_trainer.kinds import HiddenKind
 from distill_trainer.layer_map import Pairs
 from distill_trainer.method import Answers
 from logitstore.trace import traced

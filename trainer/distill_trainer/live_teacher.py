@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from distill_trainer.config import OnMiss
+from distill_trainer.kinds import OnMiss
 from logitstore.errors import ModelError, TeacherLostError, UnusableLogitsError, first_line
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.teacher import Teacher

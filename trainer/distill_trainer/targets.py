@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_trainer.combine import Teachers
-from distill_trainer.config import OnMiss
+from distill_trainer.kinds import OnMiss
 from distill_trainer.live_teacher import LiveTeacher
 from logitstore.contract import Writer
 from logitstore.errors import MissingTargetsError

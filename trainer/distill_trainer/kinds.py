@@ -1,0 +1,8 @@
+"""Names that options of a run may have."""
+
+from typing import Literal
+
+OnMiss = Literal["online", "hard-only", "skip", "error"]
+FineTuneType = Literal["lora", "dora", "full"]
+HiddenKind = Literal["mse", "cosine", "l1"]
+AttentionKind = Literal["mse", "kl"]
