@@ -62,7 +62,7 @@ def config_digest(path: Path) -> str | None:
     """
     if path.is_file():
         return None
-    fields = _read_json_object(path / "config.json", "a model saved by mlx-lm")
+    fields = read_json_object(path / "config.json", "a model saved by mlx-lm")
     if "quantization" in fields:
         fields.pop("quantization_config", None)  # mlx-lm's copy of it
     kept = {name: value for name, value in fields.items() if name not in _NOT_COMPUTED and not name.startswith("_")}
@@ -75,13 +75,21 @@ def adapter_digest(adapter_path: Path, *, quiet: bool = False) -> str:
     Raises:
         ModelError: no adapter there, or a broken one.
     """
-    config = _read_json_object(adapter_path / "adapter_config.json", "an adapter directory")
+    config = read_json_object(adapter_path / "adapter_config.json", "an adapter directory")
     fields = json.dumps({field: config.get(field) for field in _ADAPTER_FIELDS}, sort_keys=True)
     tensors = _tensors_digest([adapter_path / "adapters.safetensors"], quiet=quiet)
     return _digest_text(f"{fields}\n{tensors}")
 
 
-def _read_json_object(path: Path, expected: str) -> dict[str, Any]:
+def read_json_object(path: Path, expected: str) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Args:
+        expected: what should be there, for the message.
+
+    Raises:
+        ModelError: it cannot be read, or is something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):

@@ -22,6 +22,7 @@ COMMANDS = {
     "logitstore": "distill_cli.logitstore",
     "distill-train": "distill_cli.distill_train",
     "distill-eval": "distill_cli.distill_eval",
+    "distill-merge": "distill_cli.distill_merge",
 }
 
 

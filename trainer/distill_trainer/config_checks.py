@@ -16,6 +16,8 @@ from logitstore.prompts import read_template
 from logitstore.selection import Selection
 
 if TYPE_CHECKING:
+    from distill_trainer.config import TrainConfig
+
 AT_LEAST = (
     ("iters", 0, 1000),
     ("batch_size", 1, 4),
