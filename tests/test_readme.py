@@ -12,6 +12,7 @@ FOLDERS = (
     "trainer/distill_trainer",
     "cli/distill_cli",
     "tools",
+    "tools/recipes",
 )
 
 
