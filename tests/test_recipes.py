@@ -85,6 +85,15 @@ def test_the_last_page_says_what_became_worse(tmp_path: Path) -> None:
     assert said.splitlines()[-1] == "after is WORSE than before in KL: 1.500 against 1.000"
 
 
+def test_a_recipe_without_its_data_says_what_to_type_and_makes_nothing(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    done = recipe("assistant", tmp_path / "out", environment | {"TRAIN": "nowhere.jsonl"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: no file nowhere.jsonl; type TRAIN=FILE.jsonl")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_recipe_touches_no_folder_that_is_there(tmp_path: Path, environment: dict[str, str]) -> None:
     done = recipe("assistant", tmp_path, environment)
     assert done.returncode == 2

@@ -19,23 +19,23 @@ fi
 STUDENT=${STUDENT:-$TEACHER}                     # what students are cut from; STUDENT_LAYERS= does not cut
 TRAIN=${TRAIN:-.demo/train.jsonl}                # .jsonl files
 HELD_OUT=${HELD_OUT:-.demo/heldout.jsonl}
-DATA=                                            # what a run reads in its place, inside a recipe
-DOCUMENTS=${DOCUMENTS:-32}                       # so many of TRAIN, the first
+DOCUMENTS=${DOCUMENTS:-32}                       # of TRAIN, its first
 MAX_LENGTH=${MAX_LENGTH:-96}                     # tokens of a document
 STEPS=${STEPS:-16}                               # of a training run
 BATCH_SIZE=${BATCH_SIZE:-2}
 LEARNING_RATE=${LEARNING_RATE:-3e-4}
+DATA=$OUT/train.jsonl
 
 run() { echo; echo "\$ $*"; "$@"; }
 
 # build NAME FLAGS...: a store of a teacher's answers on the training data.
 build() {
-    run logitstore build --quiet --dataset "$OUT/train.jsonl" --max-length "$MAX_LENGTH" --out "$OUT/$1" "${@:2}"
+    run logitstore build --quiet --dataset "$DATA" --max-length "$MAX_LENGTH" --out "$OUT/$1" "${@:2}"
 }
 
-# train NAME FLAGS...: a student; STEPS=0 before it: as it is before training.
+# train NAME FLAGS...: a student; with STEPS=0 before it as it is untrained, with DATA=FILE on other data.
 train() {
-    run distill-train --quiet --dataset "${DATA:-$OUT/train.jsonl}" --max-seq-length "$MAX_LENGTH" \
+    run distill-train --quiet --dataset "$DATA" --max-seq-length "$MAX_LENGTH" \
         --batch-size "$BATCH_SIZE" --learning-rate "$LEARNING_RATE" --iters "$STEPS" --out "$OUT/$1" "${@:2}"
 }
 
@@ -50,5 +50,11 @@ compare() {
     echo "$(basename "$0") took $SECONDS s"
 }
 
+for file in "$TRAIN" "$HELD_OUT"; do
+    if [ ! -f "$file" ]; then
+        echo "Error: no file $file; type TRAIN=FILE.jsonl and HELD_OUT=FILE.jsonl before the command" >&2
+        exit 2
+    fi
+done
 mkdir -p "$OUT"
-head -n "$DOCUMENTS" "$TRAIN" >"$OUT/train.jsonl"
+head -n "$DOCUMENTS" "$TRAIN" >"$DATA"
