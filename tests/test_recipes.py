@@ -39,8 +39,10 @@ def environment(world: World, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """What a recipe is run with: the commands of this very source, and the small world."""
     with warm_commands(tmp_path_factory.mktemp("bin")) as commands:
         (commands / "python").symlink_to(sys.executable)
+        packages = (ROOT, *(ROOT / folder for folder in ("kernels", "trainer", "cli")))
         yield {
             **os.environ,
+            "PYTHONPATH": ":".join(map(str, packages)),
             "PATH": f"{commands}:{os.environ['PATH']}",
             "TEACHER": str(world.teacher),
             "TRAIN": str(world.data),

@@ -1,6 +1,7 @@
 """The commands for a shell script to run, without each of them importing MLX anew: forked off a process that has.
 
 What a command does is the same, its arguments, output, exit code and folder too; only the second of imports is saved.
+On macOS, where a forked process may not use Metal, each is a process of its own.
 """
 
 import json
@@ -22,6 +23,10 @@ COMMANDS = {
     "mlx_lm.generate": "mlx_lm.generate",
 }
 HEAVY = ("logitstore.build", "distill_trainer.train", "distill_trainer.distill_eval", "distill_trainer.merge_adapters")
+ALONE = """#!{python}
+from {module} import main
+main()
+"""
 CLIENT = """#!{python} -S
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -36,12 +41,17 @@ sys.exit(int(server.recv(16) or b"1"))
 def warm_commands(folder: Path) -> Iterator[Path]:
     """Yield a folder for the PATH, in which the commands are."""
     address = str(folder / "socket")
+    fork = sys.platform == "linux"
+    for name, module in COMMANDS.items():
+        source = CLIENT.format(python=sys.executable, address=address, name=name)
+        (folder / name).write_text(source if fork else ALONE.format(python=sys.executable, module=module))
+        (folder / name).chmod(0o755)
+    if not fork:
+        yield folder
+        return
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
-    for name in COMMANDS:
-        (folder / name).write_text(CLIENT.format(python=sys.executable, address=address, name=name))
-        (folder / name).chmod(0o755)
     code = f"from tests.warm_commands import serve; serve({listener.fileno()})"
     server = subprocess.Popen(
         [sys.executable, "-c", code], pass_fds=[listener.fileno()], cwd=Path(__file__).parent.parent
