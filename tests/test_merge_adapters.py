@@ -250,6 +250,8 @@ def broken(base: Path, folder: Path) -> None:
     change(folder / "alpha", lora_parameters={"rank": 4, "alpha": 10.0})
     shutil.copytree(folder / "a", folder / "rank")
     change(folder / "rank", lora_parameters={"rank": 5, "scale": 10.0, "dropout": 0.0})
+    shutil.copytree(folder / "a", folder / "huge")
+    change(folder / "huge", lora_parameters={"rank": 4, "scale": 10**400, "dropout": 0.0})
     shutil.copytree(folder / "a", folder / "list")
     (folder / "list" / "adapter_config.json").write_text("[]")
     (folder / "empty").mkdir()
@@ -297,6 +299,7 @@ def breakage(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a of-hub", "of-hub was trained on org/name"),
         ("a nameless", r"nameless adapts .* of \(\d+, \d+\) inputs and outputs, .*expected adapters of one base"),
         ("a alpha", "'alpha': 10.0.*expected rank, scale"),
+        ("a huge", "'scale': 1000.*expected rank, scale"),
         ("a rank", "for model.layers.* expected a rank of 5"),
         ("a list", "adapter_config.json cannot be read: found a JSON list; expected a LoRA adapter"),
         ("a empty", "adapter_config.json cannot be read: .*No such file"),

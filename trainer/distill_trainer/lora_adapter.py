@@ -1,6 +1,5 @@
 """A LoRA adapter of mlx-lm's or ours as arrays, checked by itself; its base is not asked for."""
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ rank]."""
 
 RANK_AXES = {2: (1, 0), 3: (1, 2)}
 """Where the rank lies in A and B, by their number of axes."""
+_MOST = float(np.finfo(np.float32).max)
 _TENSOR = re.compile(r"(.+)\.lora_([ab])")
 
 
@@ -76,7 +76,7 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MOST
 
 
 def _read_factors(file: Path) -> dict[str, Factors]:
