@@ -135,8 +135,10 @@ def taid(z: Floats, ids: Ints, p: Floats, log_tail: Floats, labels: Ints, t: flo
     return Losses(kd, cross_entropy(z, labels)[0], d_kd, cross_entropy(z, labels)[1])
 
 
-def sampled(kind: Any, z: Floats, ids: Ints, w: Floats, log_p: Floats, labels: Ints, t: float) -> Losses:
-    """T² sum w / p f(p, q), over the entries."""
+def sampled(
+    kind: Any, z: Floats, ids: Ints, w: Floats, log_p: Floats, labels: Ints, t: float, less_q: bool = False
+) -> Losses:
+    """T² sum w / p f(p, q), over the entries; or of f - q, which over samples is 1 less in the mean, whatever q is."""
     ce, d_ce = cross_entropy(z, labels)
     kd, d_kd = np.zeros(len(z)), np.zeros_like(z)
     for n in range(len(z)):
@@ -144,8 +146,8 @@ def sampled(kind: Any, z: Floats, ids: Ints, w: Floats, log_p: Floats, labels: I
         for i, weight in kept(ids[n], w[n], z.shape[1]):
             p = np.exp(log_p[n][list(ids[n]).index(i)])
             f, df = divergence(kind, np.array([p]), q[i : i + 1])
-            kd[n] += t * t * weight / p * f[0]
-            dq[i] += t * t * weight / p * df[0]
+            kd[n] += t * t * weight / p * (f[0] - less_q * q[i])
+            dq[i] += t * t * weight / p * (df[0] - less_q)
         d_kd[n] = through_softmax(dq, q) / t
     return Losses(kd, ce, d_kd, d_ce)
 
