@@ -1,7 +1,8 @@
 """Checks a GGUF file's header before MLX reads the file: MLX's reader is C, and ends the process where a header lies.
 
 Every length and count is held against what is left of the file before it is used, and every tensor must lie inside it.
-A file of a kind that MLX cannot read, or reads wrongly, is refused by name. No weight is looked at, nothing is kept.
+A file of a kind that MLX cannot read, or reads wrongly, is refused by name. No weight is looked at. The metadata is
+kept where it is asked for: a tokenizer can be made of it without MLX.
 
 Reference: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs/gguf.md (2023).
 """
@@ -10,11 +11,20 @@ import math
 import mmap
 import struct
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from logitstore.errors import ModelError
 
 _UINT32, _STRING, _ARRAY, _FLOAT64 = 4, 8, 9, 12
-_NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, _UINT32: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8}  # by value type; 7 is bool
+_NUMBERS = {  # by value type
+    kind: np.dtype(name)
+    for kind, name in {
+        0: "u1", 1: "i1", 2: "<u2", 3: "<i2", _UINT32: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8",
+    }.items()
+}  # fmt: skip
 _KEY_BYTES, _TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # at least, in the header
 _MAX_DIMENSIONS = 4
 _MAX_COUNT = 2**31 - 1  # MLX keeps dimensions and lengths in an int
@@ -47,9 +57,20 @@ def check_header(path: Path) -> None:
     Raises:
         ModelError: not a GGUF file of version 2 or 3, cut short, contradicting itself, or of a kind MLX cannot read.
     """
+    read_metadata(path)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Walk the header of `path` to its end; its key-value pairs, numbers as NumPy scalars and arrays.
+
+    Raises:
+        ModelError: as `check_header`.
+    """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            _Walk(path, content).header()
+            walk = _Walk(path, content)
+            walk.header()
+            return walk.values
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise ModelError(f"{path} cannot be read as GGUF: {error}; expected a .gguf file, {_AGAIN}") from error
 
@@ -61,6 +82,7 @@ class _Walk:
         self._path = path
         self._content = content
         self._at = 0
+        self.values: dict[str, Any] = {}
 
     def header(self) -> None:
         magic = self._content[:4]
@@ -84,32 +106,32 @@ class _Walk:
             what = f"metadata `{key:.64}`"
             kind = self._number("<I", what)
             start = self._at
-            self._value(kind, what)
+            self.values[key] = self._value(kind, what)
             if key == "general.alignment":
                 (alignment,) = struct.unpack_from("<I", self._content, start) if kind == _UINT32 else (0,)
                 if alignment.bit_count() != 1:
                     raise self._refused(f"{what} is no power of two in a uint32, expected 32; {_AGAIN}")
         return alignment
 
-    def _value(self, kind: int, what: str) -> None:
+    def _value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
-            self._text(what)
-        elif kind in _NUMBER_BYTES:
-            self._skip(_NUMBER_BYTES[kind], what)
-        elif kind == _ARRAY:
+            return self._text(what)
+        if kind in _NUMBERS:
+            return self._numbers(kind, 1, what)[0]
+        if kind == _ARRAY:
             item = self._number("<I", what)
             if item == _STRING:
-                for _ in range(self._count(8, what)):
-                    self._text(what)
-            elif item in _NUMBER_BYTES:
-                count = self._count(_NUMBER_BYTES[item], what)
-                self._skip(count * _NUMBER_BYTES[item], what)
-            elif item == _ARRAY:
+                return [self._text(what) for _ in range(self._count(8, what))]
+            if item in _NUMBERS:
+                return self._numbers(item, self._count(_NUMBERS[item].itemsize, what), what)
+            if item == _ARRAY:
                 raise self._refused(f"{what} is an array of arrays, expected plain values; use the model's safetensors")
-            else:
-                raise self._unread(item, what)
-        else:
-            raise self._unread(kind, what)
+            raise self._unread(item, what)
+        raise self._unread(kind, what)
+
+    def _numbers(self, kind: int, count: int, what: str) -> npt.NDArray[Any]:
+        start = self._skip(count * _NUMBERS[kind].itemsize, what)
+        return np.frombuffer(self._content[start : self._at], _NUMBERS[kind])
 
     def _unread(self, kind: int, what: str) -> ModelError:
         if kind == _FLOAT64:  # MLX 0.32 takes 4 of its 8 bytes, and everything behind it for something else

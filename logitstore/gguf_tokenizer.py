@@ -1,16 +1,18 @@
 """The Hugging Face tokenizer that a GGUF file's metadata describes, byte-level or SentencePiece.
 
 It is rebuilt from the tokens, merges and scores in the file; its ids are those of llama.cpp. No network, no guesses: a
-kind of tokenizer that is not known here is refused.
+kind of tokenizer that is not known here is refused. Needs no MLX.
 """
 
-import distill_kernels  # noqa: F401  loads the BLAS before MLX
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from logitstore.errors import ModelError
 from logitstore.gguf_metadata import Metadata
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Where a byte-level tokenizer cuts text before merging, by `tokenizer.ggml.pre`: patterns that belong to those formats.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -31,12 +33,14 @@ _BOS_BY_DEFAULT = {"llama-bpe"}
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # tokenizer.ggml.token_type
 
 
-def build_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
+def build_tokenizer(metadata: Metadata) -> "PreTrainedTokenizerFast":
     """The tokenizer that the metadata describes; its ids are those of llama.cpp with special tokens parsed.
 
     Raises:
         ModelError: `tokenizer.ggml.model` or `tokenizer.ggml.pre` is one that is not known here.
     """
+    from transformers import PreTrainedTokenizerFast  # here, since it looks for MLX when it is imported
+
     kind = metadata.required("tokenizer.ggml.model")
     tokens: list[str] = metadata.required("tokenizer.ggml.tokens")
     types: list[int] = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))

@@ -15,13 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from logitstore.codec import encode_position, quantize, to_record
-from logitstore.errors import ConfigError, DatasetError, ModelError, first_line
+from logitstore.errors import ConfigError, DatasetError, first_line
 from logitstore.foreign import ForeignDocument, ForeignSource, open_foreign, options_of
 from logitstore.key import document_key
 from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.selection import Selected, Selection, randomness
 from logitstore.target_store import existing, target_store, write_all
+from logitstore.tokenizer import load_tokenizer
 from logitstore.vocabulary import vocabulary_of
 from logitstore.zip_store import ZIP_SUFFIX
 
@@ -99,7 +100,7 @@ def import_cache(config: ImportConfig, say: Callable[[str], None] = lambda _line
             "--assume-normalised to take it for none, which makes the entries too large"
         )
     unknown = tuple(ASSUMED if name == TAIL_MASS else name for name in source.unknown)
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, "--tokenizer")
     vocabulary = vocabulary_of(tokenizer)
     known = source.known.get("vocab_size")
     vocab_size = config.vocab_size or (known if isinstance(known, int) else len(vocabulary))
@@ -217,14 +218,3 @@ def _teacher(config: ImportConfig, unknown: tuple[str, ...]) -> TeacherIdentity:
     told = json.dumps([config.format, config.teacher, unknown])
     digest = f"unknown-{blake2b(told.encode(), digest_size=16).hexdigest()}"
     return TeacherIdentity(config.teacher, digest, None, None, None, "unknown")
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # network, hub and file formats: no common base short of this one
-        raise ModelError(
-            f"--tokenizer {name} does not load: {first_line(error)}; type a folder with tokenizer.json, or a hub id"
-        ) from error

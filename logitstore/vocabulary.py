@@ -1,15 +1,22 @@
 """What each token id means in bytes, read from a Hugging Face tokenizer; two tokenizers are compared by this content.
 
-Strings in a tokenizer file are spelled in that file's own alphabet (GPT-2's byte letters, SentencePiece's U+2581).
-Bytes are the same everywhere, so the GGUF and the Hugging Face tokenizer of one model have one fingerprint. No MLX.
+Strings in a tokenizer file are spelled in that file's own alphabet (GPT-2's byte letters, SentencePiece's U+2581,
+WordPiece's ##). Bytes are the same everywhere, so the GGUF and the Hugging Face tokenizer of one model have one
+fingerprint. No MLX, and nothing is decoded or encoded to find out.
+
+What holds is `Vocabulary.joined`: the bytes of a text's tokens are those of the text, after the tokenizer's own
+normaliser (none in most; NFC in some; WordPiece's lower-cases and strips accents). Exceptions, which no ids can tell:
+an unknown token stands for anything, WordPiece drops whitespace, SentencePiece takes U+2581 for a space, and a
+tokenizer that puts a space before a text only where there is none gives " a" and "a" the same ids.
 """
 
 import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from logitstore.errors import ModelError
@@ -25,6 +32,9 @@ class Vocabulary:
     special_ids: frozenset[int]
     bos_id: int | None
     eos_id: int | None
+    leading_space: str = field(default="", compare=False)
+    """Where a token begins with a space that is no text: "" nowhere; "first", in a text's first token; "always", also
+    in the first one after each special token. A store does not know it of its teacher, and has "" here."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,13 +53,40 @@ class Vocabulary:
         """A token for display; bytes that are not whole UTF-8 characters are shown as ``\\xNN``."""
         return self.tokens[token_id].decode("utf-8", errors="backslashreplace")
 
+    def text_bytes(self, token_id: int) -> bytes:
+        """A token's part of the text: ``b""`` for special tokens, and for ids of the LM head that no token has."""
+        return b"" if token_id in self.special_ids or token_id >= len(self.tokens) else self.tokens[token_id]
+
+    def pieces(self, token_ids: Iterable[int]) -> list[bytes]:
+        """Every token's part of the text that they are the tokens of, without the space that is no text."""
+        found, begins = [], bool(self.leading_space)
+        for token_id in token_ids:
+            piece = self.text_bytes(token_id)
+            if piece:
+                found.append(piece[1:] if begins and piece.startswith(b" ") else piece)
+                begins = False
+            else:
+                found.append(piece)
+                begins |= self.leading_space == "always"
+        return found
+
+    def joined(self, token_ids: Iterable[int]) -> bytes:
+        """The text that these are the tokens of, special ones apart; without its whitespace if `drops_whitespace`."""
+        return b"".join(self.pieces(token_ids))
+
+    @cached_property
+    def drops_whitespace(self) -> bool:
+        """Whether no token has whitespace in it, as of WordPiece: texts are to be compared without it then."""
+        text = (token for i, token in enumerate(self.tokens) if i not in self.special_ids)
+        return not any(b" " in token or b"\n" in token for token in text)
+
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """The vocabulary of a Hugging Face fast tokenizer, by its own description of how it spells bytes.
 
     Raises:
-        ModelError: not a fast tokenizer, or one that is neither byte-level nor SentencePiece: its tokens have no exact
-            bytes.
+        ModelError: not a fast tokenizer, or one that is neither byte-level nor SentencePiece nor WordPiece: its tokens
+            have no exact bytes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -57,16 +94,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
         raise ModelError(f"{found} is not a fast tokenizer; expected one that loads from a tokenizer.json")
     description = json.loads(backend.to_str())
     model = description["model"]
-    kinds = set(_kinds([description["pre_tokenizer"], description["decoder"], model]))
-    if "ByteLevel" in kinds:
-        spelled = _byte_level
-    elif kinds & {"ByteFallback", "Metaspace"} or model.get("byte_fallback"):
-        spelled = _sentencepiece
-    else:
-        raise ModelError(
-            f"tokenizer '{model['type']}' has no exact bytes per token; expected byte-level BPE or SentencePiece"
-        )
-
+    spelled = _spelling(description)
     pieces = model["vocab"]
     ids = pieces if isinstance(pieces, dict) else {piece: i for i, (piece, _score) in enumerate(pieces)}
     by_id = {i: spelled(piece) for piece, i in ids.items()}
@@ -79,18 +107,55 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
         special_ids=frozenset(special),
         bos_id=tokenizer.bos_token_id,
         eos_id=tokenizer.eos_token_id,
+        leading_space=_leading_space(description),
     )
 
 
-def _kinds(node: Any) -> Iterator[str]:
-    """The `type` of every component in a description, however deep in sequences."""
+def _spelling(description: dict[str, Any]) -> Callable[[str], bytes]:
+    """How a piece of this tokenizer is read as bytes.
+
+    Raises:
+        ModelError: it has no exact bytes.
+    """
+    model = description["model"]
+    kinds = set(_kinds([description["pre_tokenizer"], description["decoder"], model]))
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if kinds & {"ByteFallback", "Metaspace"} or model.get("byte_fallback"):
+        return _sentencepiece
+    if model["type"] == "WordPiece":
+        prefix = model["continuing_subword_prefix"]
+        return lambda piece: piece.removeprefix(prefix).encode() or piece.encode()
+    raise ModelError(
+        f"tokenizer '{model['type']}' has no exact bytes per token; expected byte-level BPE, SentencePiece or WordPiece"
+    )
+
+
+def _leading_space(description: dict[str, Any]) -> str:
+    """See `Vocabulary.leading_space`."""
+    for part in _parts([description["normalizer"], description["pre_tokenizer"]]):
+        match part:
+            case {"type": "Prepend", "prepend": "\u2581"} | {"type": "ByteLevel", "add_prefix_space": True}:
+                return "always"
+            case {"type": "Metaspace", "prepend_scheme": "first" | "always" as scheme}:
+                return str(scheme)
+    return ""
+
+
+def _parts(node: Any) -> Iterator[dict[str, Any]]:
+    """Every component in a description, however deep in sequences."""
     if isinstance(node, list):
         for item in node:
-            yield from _kinds(item)
+            yield from _parts(item)
     elif isinstance(node, dict):
-        yield str(node.get("type"))
-        for key in ("pretokenizers", "decoders"):
-            yield from _kinds(node.get(key, []))
+        yield node
+        for key in ("normalizers", "pretokenizers", "decoders"):
+            yield from _parts(node.get(key, []))
+
+
+def _kinds(node: Any) -> Iterator[str]:
+    """The `type` of every component."""
+    return (str(part.get("type")) for part in _parts(node))
 
 
 def _gpt2_bytes() -> dict[str, int]:

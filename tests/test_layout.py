@@ -44,8 +44,6 @@ NEED_MLX = {
         "dry_run",
         "forward",
         "gguf",
-        "gguf_metadata",
-        "gguf_tokenizer",
         "live",
         "model",
         "teacher",
