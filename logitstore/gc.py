@@ -98,7 +98,7 @@ def _folder(store: ZarrStore, folder: Path, take: Take) -> None:
         take(journal, "a journal of documents that are all in shards", journal, partial(_why_pending, journal, store))
     with alone_in(folder):  # so no index is being written
         for left in sorted(folder.glob(".partial-*")):
-            take(left, "an index that a killed writer had not finished")
+            take(left, "an index or a vocabulary map that a killed writer had not finished")
     for left in sorted((folder / "fidelity").glob(".partial-*")):
         if time.time() - left.stat().st_mtime > SETTLED_S:
             take(left, "a measurement that a killed writer had not finished")

@@ -15,6 +15,7 @@ from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.key import document_key
 from logitstore.recipe import DocumentRecord
+from logitstore.saved_maps import carry_maps
 from logitstore.store import open_store
 from logitstore.target_store import existing, remove_unzipped, target_store, write_all
 from logitstore.targets import SparseTargets
@@ -47,7 +48,8 @@ def convert(source: str | Path, out: Path, *, quiet: bool = False) -> MergeRepor
 def merge(sources: Sequence[str | Path], out: Path, *, writer: str = "merge", quiet: bool = False) -> MergeReport:
     """Write every document of some stores into one, or go on with that; a store at `out` keeps what it has.
 
-    What was measured of a store's fidelity is kept where the result holds the same number of documents.
+    What was measured of a store's fidelity is kept where the result holds the same number of documents, and their
+    vocabulary maps are where it takes any.
 
     Raises:
         ConfigError: `out` is one of the sources, or no kind of store.
@@ -84,6 +86,7 @@ def merge(sources: Sequence[str | Path], out: Path, *, writer: str = "merge", qu
     ):
         write_all(_records(stores), store, writer, bar.update)
         _carry_fidelity(stores, store)
+        carry_maps(stores, store)
     store = open_store(out)
     return MergeReport(len(store), store.positions, store.disk_bytes, given)
 

@@ -89,7 +89,7 @@ def _found(
         return number, token_ids, measure(token_ids, targets).without(lacking)
 
     def shown(number: int, token_ids: Tokens, measures: Measures) -> Found:
-        return Found(number, document_key(token_ids).hex(), measures, _beginning(vocabulary, token_ids.tolist()))
+        return Found(number, document_key(token_ids).hex(), measures, beginning(vocabulary, token_ids.tolist()))
 
     bar = tqdm(range(len(store)), unit="doc", desc="query", delay=1, leave=False, disable=quiet)
     asked = (each for each in map(one, bar) if all(c.holds(each[2]) for c in conditions))
@@ -102,7 +102,7 @@ def _found(
         yield shown(*one(number))
 
 
-def _beginning(vocabulary: Vocabulary, token_ids: list[int]) -> str:
+def beginning(vocabulary: Vocabulary, token_ids: list[int]) -> str:
     """The first characters, without the rest of one that is cut."""
     first = (vocabulary.tokens[i] for i in token_ids[: 4 * TEXT] if i < len(vocabulary))
     return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(first))[:TEXT]

@@ -32,6 +32,7 @@ from logitstore.manifest import Manifest
 from logitstore.plan import shard_positions, windows
 from logitstore.prompts import prompted
 from logitstore.recipe import Recipe
+from logitstore.saved_maps import is_map_folder, remove_map
 from logitstore.sealed import GROUP, Problem, seal_group
 from logitstore.sequences import TokenSequence, require_ids_below, tokenize
 from logitstore.shard import DOCUMENT_BYTES, Shard
@@ -147,6 +148,7 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
     """Move and remove what is damaged: the index first, which names the shards."""
     faults: dict[str, set[str]] = {}
     strays: list[str] = []
+    maps: set[str] = set()
     index = False
     for problem in problems:
         match problem.file.split("/"):
@@ -166,6 +168,11 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
                 report.mended.append(
                     "the measured fidelity was damaged and is removed; `logitstore build` measures again"
                 )
+            case [folder, *_] if is_map_folder(folder) and problem.fault != STRAY:
+                maps.add(folder)
+    for folder in sorted(maps):
+        remove_map(path, folder)
+        report.mended.append(f"{folder} was damaged and is removed; `logitstore vocab-map` computes it again")
     if index or faults:
         remove_index(path)
     if index:

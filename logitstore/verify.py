@@ -17,6 +17,7 @@ from logitstore.files import Files
 from logitstore.index import block_counts, block_hashes
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord, Recipe
+from logitstore.saved_maps import map_folders, map_problems
 from logitstore.sealed import DAMAGED, GROUP, Problem, file_problems, read_group, unseal_group
 from logitstore.shard import Shard
 from logitstore.store import files_of, is_lmdb_store
@@ -66,7 +67,13 @@ def verify(path: Path, *, quiet: bool = False) -> VerifyReport:
         problems += found
         measured = f"fidelity/{GROUP}"
         problems += _fidelity_problems(files, measured)
-        problems += _strays(set(there).difference(*shards.values()), {GROUP, *root.files, *indexed, measured})
+        mapped: set[str] = set()
+        for folder in map_folders(files):
+            names, found = map_problems(files, folder, manifest.tokenizer)
+            mapped |= names
+            problems += found
+        expected = {GROUP, *root.files, *indexed, measured, *mapped}
+        problems += _strays(set(there).difference(*shards.values()), expected)
     except CorruptStoreError:
         problems.append(Problem(GROUP, DAMAGED))
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from logitstore.journal import ShardWriter
 
 VOCABULARY_FILES = {"bytes": "c/0", "lengths": "c/0/0"}
+MAP_PREFIX = "vocabulary-map-"
+"""How the names of the folders begin that `saved_maps` keeps."""
 
 
 class ZarrStore:
@@ -147,9 +149,12 @@ class ZarrStore:
         planes: dict[str, int] = {}
         for name in self._names():
             parts = name.split("/")
-            plane = (
-                "metadata" if parts[-1] == GROUP else parts[2] if len(parts) > 2 and parts[0] == "shards" else parts[0]
-            )
+            if parts[-1] == GROUP:
+                plane = "metadata"
+            elif parts[0] == "shards" and len(parts) > 2:
+                plane = parts[2]
+            else:
+                plane = "vocabulary-maps" if parts[0].startswith(MAP_PREFIX) else parts[0]
             with suppress(FileNotFoundError):  # another process has replaced the index since
                 planes[plane] = planes.get(plane, 0) + self.files.size(name)
         return planes

@@ -292,5 +292,26 @@ def query(store: str, as_json: bool, quiet: bool, **options: Any) -> None:
             click.echo(json.dumps(each.to_json()) if as_json else each.to_text())
 
 
+@main.command(name="vocab-map")
+@READ
+@JSON
+@click.option("--student", required=True, help="A model folder, a .gguf file or a hub id; only its tokenizer is read.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def vocab_map(store: str, as_json: bool, student: str, quiet: bool) -> None:
+    """Show how much of what a store keeps a student with another tokenizer can use.
+
+    The map from the teacher's tokens to the student's is kept in the store, if that is a folder that can be written.
+    """
+    with one_line_errors("Nothing was changed."):
+        from logitstore.coverage import coverage
+        from logitstore.store import open_store
+        from logitstore.tokenizer import load_tokenizer
+        from logitstore.vocabulary import vocabulary_of
+
+        opened = open_store(store)
+        found = coverage(opened, vocabulary_of(load_tokenizer(student, "--student")), quiet=quiet or as_json)
+        click.echo(json.dumps(found.to_json(), indent=1) if as_json else found.to_text(store))
+
+
 for command in moving.COMMANDS:
     main.add_command(command)
