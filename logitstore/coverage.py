@@ -89,7 +89,7 @@ class Coverage:
             f"teacher     {self.teacher} ({self.teacher_tokens:,} tokens)",
             f"student     {self.student} ({self.student_tokens:,} tokens)",
             f"map         {'computed now' if self.computed else 'read'}, kept {kept}",
-            f"maps        {mapped:,} tokens ({percent:.1f} %): {self.by_bytes:,} by their bytes, {self.by_role:,} by role",
+            f"maps        {mapped:,} tokens ({percent:.1f} %): {self.by_bytes:,} by bytes, {self.by_role:,} by role",
             f"links       {self.spelled:,} others are spelled in the student's tokens",
         ]
         if self.mean is None or self.p10 is None:

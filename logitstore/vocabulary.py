@@ -6,8 +6,9 @@ fingerprint. No MLX, and nothing is decoded or encoded to find out.
 
 What holds is `Vocabulary.joined`: the bytes of a text's tokens are those of the text, after the tokenizer's own
 normaliser (none in most; NFC in some; WordPiece's lower-cases and strips accents). Exceptions, which no ids can tell:
-an unknown token stands for anything, WordPiece drops whitespace, SentencePiece takes U+2581 for a space, and a
-tokenizer that puts a space before a text only where there is none gives " a" and "a" the same ids.
+an unknown token stands for anything, WordPiece drops whitespace, a byte-level tokenizer the bytes that it has no token
+for (`lost_bytes`), SentencePiece takes U+2581 for a space, and a tokenizer that puts a space before a text only where
+there is none gives " a" and "a" the same ids.
 """
 
 import hashlib
@@ -77,8 +78,15 @@ class Vocabulary:
     @cached_property
     def drops_whitespace(self) -> bool:
         """Whether no token has whitespace in it, as of WordPiece: texts are to be compared without it then."""
-        text = (token for i, token in enumerate(self.tokens) if i not in self.special_ids)
-        return not any(b" " in token or b"\n" in token for token in text)
+        return not any(b" " in token or b"\n" in token for token in self._text_tokens())
+
+    @cached_property
+    def lost_bytes(self) -> bytes:
+        """The bytes that no token has: a byte-level tokenizer passes over them, SmolLM2's over 6 control characters."""
+        return bytes(set(range(256)).difference(*self._text_tokens()))
+
+    def _text_tokens(self) -> Iterator[bytes]:
+        return (token for i, token in enumerate(self.tokens) if i not in self.special_ids)
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:

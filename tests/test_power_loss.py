@@ -19,8 +19,11 @@ import pytest
 
 from logitstore.journal import ShardWriter
 from logitstore.recipe import DocumentRecord
+from logitstore.saved_maps import save_vocabulary_map, saved_vocabulary_map
 from logitstore.store import open_store
 from logitstore.verify import verify
+from logitstore.vocabulary import Vocabulary
+from logitstore.vocabulary_map import map_vocabularies
 from logitstore.zarr_store import ZarrStore
 from tests.stores import VOCABULARY, manifest, records
 
@@ -207,6 +210,16 @@ def test_an_index_is_the_old_one_the_new_one_or_none(
     with watched(store.folder, monkeypatch) as disk:
         store.save_index()
     assert require_whole(disk, BATCHES[0] + BATCHES[2], tmp_path / "left") == {4} and len(disk.lost) >= 4
+
+
+def test_a_vocabulary_map_is_there_whole_or_not_at_all(
+    store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = map_vocabularies(VOCABULARY, Vocabulary((b"<7>", b"<", b"1", b">"), frozenset(), None, None))
+    with watched(store.folder, monkeypatch) as disk:
+        save_vocabulary_map(store, made)
+    assert require_whole(disk, BATCHES[0], tmp_path / "left") == {2} and len(disk.lost) >= 3
+    assert saved_vocabulary_map(open_store(tmp_path / "left"), made.student_fingerprint) is not None
 
 
 def test_what_was_measured_is_what_it_was_or_what_it_is(

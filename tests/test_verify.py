@@ -12,14 +12,19 @@ import pytest
 from logitstore.chunks import pack, sharded, unpack
 from logitstore.errors import StoreError, StoreFormatError, StoreNotFoundError
 from logitstore.manifest import Manifest
+from logitstore.saved_maps import save_vocabulary_map, saved_vocabulary_map
 from logitstore.sealed import GROUP, file_entries, seal_group
 from logitstore.store import open_store
 from logitstore.verify import to_json, verify
-from logitstore.zarr_store import ZarrStore
+from logitstore.vocabulary import Vocabulary
+from logitstore.vocabulary_map import map_vocabularies
+from logitstore.zarr_store import MAP_PREFIX, ZarrStore
 from tests.stores import VOCABULARY, contents, manifest, records, shard_folder, small_store, tokens
 from tests.test_zarr_store import reseal
 
 LENGTHS = (7, 2, 40)
+STUDENT = Vocabulary((*VOCABULARY.tokens[:9], b"<", b"1", b">"), frozenset(), None, None)
+MAP = map_vocabularies(VOCABULARY, STUDENT)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = small_store(tmp_path_factory.mktemp("made") / "s", shards=2, lengths=LENGTHS)
     store.save_index()
     store.save_fidelity({"positions": 92})
+    save_vocabulary_map(store, MAP)
     return store.folder
 
 
@@ -101,9 +107,12 @@ def named(files: set[str]) -> set[str]:
 
 def assert_never_read(store: Path, name: str, expected: list[bytes]) -> None:
     """Damage of a shard or the root stops a reader; what no answer comes from may be passed over, never believed."""
-    if name.startswith(("index/", "fidelity/")):
+    if name.startswith(("index/", "fidelity/", MAP_PREFIX)):
         try:
             assert answers(store) == expected
+            if name.startswith(MAP_PREFIX):
+                assert saved_vocabulary_map(open_store(store), STUDENT.fingerprint()) is None  # its group is gone
+                return
             assert name.startswith("index") or open_store(store).fidelity is None
         except StoreError as error:
             assert "\n" not in str(error)

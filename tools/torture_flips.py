@@ -22,16 +22,20 @@ from logitstore.contract import Store
 from logitstore.errors import StoreError
 from logitstore.journal import ShardWriter
 from logitstore.recipe import DocumentRecord
+from logitstore.saved_maps import save_vocabulary_map, saved_vocabulary_map
 from logitstore.sealed import GROUP
 from logitstore.store import create_store, open_store
 from logitstore.verify import verify
-from logitstore.zarr_store import ZarrStore
+from logitstore.vocabulary import Vocabulary
+from logitstore.vocabulary_map import VocabularyMap, map_vocabularies
+from logitstore.zarr_store import MAP_PREFIX, ZarrStore
 from tests.children import bounded, finish, forked, scratch
 from tests.stores import VOCABULARY, contents, manifest, records
 
 DOCUMENTS = [*records([7, 40, 300, 600, 33], seed=1), *records([5] * 60, seed=2)]
 PENDING = records([9, 30], seed=3)
 FIDELITY = {"positions": 5, "kl_floor": 0.25}
+MAP = map_vocabularies(VOCABULARY, Vocabulary((*VOCABULARY.tokens[::2], b"<", b"1", b">"), frozenset(), None, None))
 MORE_BYTES, MOST_S = 1 << 30, 20
 ENDINGS = {0: "right", 10: "noticed", 11: "noticed, but not by verify", 12: "right, and verify names it"}
 GOOD = ("right", "noticed", "right, and verify names it")
@@ -88,6 +92,7 @@ def make(home: Path) -> None:
     store.write_documents(DOCUMENTS[5:])
     store.save_index()
     store.save_fidelity(FIDELITY)
+    save_vocabulary_map(store, MAP)
     with ZipFile(home / "whole.zip", "w") as archive:
         for name, data in contents(store.folder).items():
             archive.writestr(name, data)
@@ -107,6 +112,7 @@ def kinds_of(home: Path) -> dict[str, list[str]]:
     kinds = defaultdict[str, list[str]](list)
     for name in contents(home / "whole.zarr"):
         parts = name.split("/")
+        parts[0] = "map" if parts[0].startswith(MAP_PREFIX) else parts[0]
         if name.startswith(".journal"):
             kind = "journal"
         elif parts[0] == "shards" and len(parts) > 2:
@@ -175,6 +181,7 @@ def look(path: Path) -> None:
         ask(lambda number=number: require_known(store.record(number), known))
     ask(lambda: require_equal(store.vocabulary, VOCABULARY))
     ask(lambda: require_equal(store.fidelity or FIDELITY, FIDELITY))
+    ask(lambda: require_map(saved_vocabulary_map(store, MAP.student_fingerprint)))
     if path.is_dir():
         ask(lambda: take_over(store))
     if errors:
@@ -187,6 +194,11 @@ def require(store: Store, token_ids: npt.NDArray[np.int32], records: npt.NDArray
     assert found is not None, "a document is lost"
     for name in ("ids", "weights", "head_count", "label_log_prob", "entropy", "log_tail_mass"):
         require_equal(getattr(found, name).tobytes(), getattr(expected, name).tobytes())
+
+
+def require_map(found: VocabularyMap | None) -> None:
+    for name in vars(MAP) if found is not None else ():
+        assert np.array_equal(getattr(found, name), getattr(MAP, name)), "a map is wrong"
 
 
 def require_known(record: DocumentRecord, known: Mapping[bytes, npt.NDArray[np.uint8]]) -> None:
