@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from logitstore.gguf_metadata import Metadata
 from logitstore.gguf_tokenizer import build_tokenizer
@@ -127,6 +128,12 @@ def test_bytes_that_a_real_tokenizer_has_no_token_for_are_known() -> None:
     utf8 = {byte for byte in vocabulary.lost_bytes if byte not in (0xC0, 0xC1) and byte < 0xF5}  # those no text has
     assert utf8 == {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
     assert joined(tokenizer, ["a\x1db"]) == [b"ab"]
+
+
+def test_where_a_normaliser_composes_characters_the_bytes_are_those_of_the_composed_text() -> None:
+    tokenizer = tokenizers.byte_bpe()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert joined(tokenizer) == [normalizers.NFC().normalize_str(text).encode() for text in TEXTS]
 
 
 @pytest.mark.parametrize("kind", UNLESS_THERE)
