@@ -18,6 +18,7 @@ from logitstore.store import create_store, open_store
 from logitstore.vocabulary import Vocabulary, vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
 from logitstore.zarr_store import MAP_PREFIX
+from tests.gguf_files import smollm2_path
 from tests.stores import VOCAB, VOCABULARY, manifest, records, small_store
 from tests.tiny import tiny_tokenizer
 
@@ -104,15 +105,18 @@ def test_the_command_prints_both_ways_and_keeps_the_map(tmp_path: Path) -> None:
     assert "kept nowhere: " in CliRunner().invoke(main, arguments, catch_exceptions=False).output
 
 
-def test_neither_weights_nor_mlx_are_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["folder", "GGUF"])
+def test_neither_weights_nor_mlx_are_loaded(tmp_path: Path, kind: str) -> None:
     small_store(tmp_path / "s.zarr")
-    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    student = smollm2_path() if kind == "GGUF" else tmp_path / "student"
+    if kind == "folder":
+        tiny_tokenizer().save_pretrained(student)
     code = (
         "import sys; from distill_cli.logitstore import main\n"
         "main(sys.argv[1:], standalone_mode=False)\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx', 'mlx_lm', 'torch')])"
     )
-    arguments = ["vocab-map", str(tmp_path / "s.zarr"), "--student", str(tmp_path / "student")]
+    arguments = ["vocab-map", str(tmp_path / "s.zarr"), "--student", str(student)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 

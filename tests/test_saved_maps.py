@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from logitstore.vocabulary_map import VocabularyMap, map_vocabularies
 from logitstore.zarr_store import MAP_PREFIX, ZarrStore
 from tests.stores import VOCABULARY, contents, records, small_store
 from tests.stubs import flip
+from tests.test_files import FolderHandler, served
 from tests.test_zarr_store import reseal
 
 STUDENT = Vocabulary(
@@ -203,6 +205,16 @@ def test_a_store_that_cannot_be_written_says_so_and_serves_what_it_has(store: Za
     assert not verify(tmp_path / "with.zip", quiet=True).problems
     convert(store.folder, tmp_path / "with.lmdb", quiet=True)
     assert saved_vocabulary_map(open_store(tmp_path / "with.lmdb"), STUDENT.fingerprint()) is None
+
+
+def test_a_store_behind_http_serves_the_map_that_it_has_and_keeps_no_other(store: ZarrStore) -> None:
+    store.save_index()
+    save_vocabulary_map(store, map_vocabularies(VOCABULARY, OTHER))
+    renamed = store.folder.rename(store.folder.with_name("s"))
+    with served(partial(FolderHandler, directory=renamed.parent, asked=[])) as url:
+        opened = open_store(url)
+        assert not vocabulary_map_of(opened, OTHER).computed
+        assert "can only be read" in not_kept(vocabulary_map_of(opened, STUDENT))
 
 
 def test_a_folder_without_permission_is_told(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
