@@ -22,6 +22,10 @@ class Asked:
     positions: npt.NDArray[np.int32]
     """[L - 1], never falling: the teacher's position that predicts the same token as the student's. Where the student's
     is not trained, the one before it; nobody reads that."""
+    taught: npt.NDArray[np.bool_] | None = None
+    """[L - 1]; at which positions its answer says something, where it answers. None: all."""
+    spans: npt.NDArray[np.int32] | None = None
+    """[L - 1]; where positions are taught together, the last one of those that each belongs to, -1 for none."""
 
     def answered(self, positions: int) -> int:
         """How many of the student's positions the teacher's first ones answer."""

@@ -4,6 +4,7 @@ Nothing is downloaded. The same arguments give the same bytes; MLX's global rand
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ CORPUS = (
 )
 
 
-def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `CORPUS`: special tokens 0, 1, 2, then 256 bytes, then merges.
+def tiny_tokenizer(vocab_size: int = 384, texts: Sequence[str] = CORPUS) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`: special tokens 0, 1, 2, then 256 bytes, then merges.
 
     It adds neither BOS nor EOS by itself. EOS and padding are ``<|im_end|>``, BOS ``<|im_start|>``.
     """
@@ -49,7 +50,7 @@ def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(CORPUS, trainer)
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<|im_start|>",

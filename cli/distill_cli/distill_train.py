@@ -38,6 +38,20 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--curriculum", help="The first epoch goes from low to high values of a measure: entropy, nll, ...")
 @click.option("--mix", help="COLUMN:VALUE=SHARE,VALUE=SHARE: how much of an epoch each value of a column gives.")
 @click.option(
+    "--cross-vocab",
+    type=click.Choice(["auto", "mapped", "span"]),
+    default="auto",
+    show_default=True,
+    help="How to learn from a store of another tokenizer: the teacher's entries by the student's names, or the "
+    "likelihood of spans of text.",
+)
+@click.option(
+    "--min-coverage",
+    default=0.5,
+    show_default=True,
+    help="Refuse to train on less of what such a teacher says.",
+)
+@click.option(
     "--on-miss",
     type=click.Choice(["online", "hard-only", "skip", "error"]),
     help="What to do at a position that no store answers; with --teacher, that it does not answer either, where online "

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from distill_trainer.draw import Draw
 from distill_trainer.kinds import OnMiss
 from distill_trainer.packing import rows_of
+from distill_trainer.spans import in_whole_spans, span_rows
 from distill_trainer.weights import entropy_factors
 from logitstore.sequences import TokenSequence
 from logitstore.targets import SparseTargets
@@ -59,8 +60,17 @@ class Batch(NamedTuple):
     """float32 [N]; what kd_weight and ce_weight were multiplied by, above 0. None: 1 everywhere."""
     beside: tuple[Beside, ...] = ()
     """One for each method of the run."""
+    spans: mx.array | None = None
+    """int32 [N]; where rows are taught together, the last row of those that each belongs to, -1 for none."""
+    span_log_prob: mx.array | None = None
+    """float32 [N]; the teacher's log-prob of a span, at its last row."""
     documents: mx.array | None = None
     """int32 [B, T]; where rows hold several documents, which of them each position belongs to, -1 for padding."""
+
+    @property
+    def taught(self) -> mx.array:
+        """How many rows have targets, alone or in a span."""
+        return (self.kd_weight > 0 if self.spans is None else self.spans >= 0).sum()
 
     @property
     def each_weight(self) -> mx.array:
@@ -129,39 +139,52 @@ def collate(
     k = max((t.ids.shape[1] for t in targets if t is not None), default=1)
     tokens = np.zeros((1 + max(b for b, _ in places), t_max), np.int32)
     documents = np.full_like(tokens, -1)
-    parts: list[tuple[npt.NDArray[np.generic], ...]] = []
+    parts: list[dict[str, npt.NDArray[Any]]] = []
     weighs = weighing.entropy_weight > 0 or any(s.weights is not None for s in sequences)
+    done = 0
     for number, (sequence, target, (b, start)) in enumerate(zip(sequences, targets, places, strict=True)):
-        positions = np.flatnonzero(sequence.trained)
         tokens[b, start : start + len(sequence.trained)] = sequence.token_ids[:-1]
         documents[b, start : start + len(sequence.trained)] = number
+        positions = np.flatnonzero(sequence.trained)
         answered = positions < (0 if target is None else len(target))
+        asked = sequence.asked
+        if asked is not None and asked.taught is not None:
+            answered &= asked.taught[positions]
+        if asked is not None and asked.spans is not None:
+            answered &= in_whole_spans(asked.spans, positions[answered], positions)
         if weighing.on_miss == "skip":
             positions, answered = positions[answered], answered[answered]
         if not len(positions):
             continue
         n, at = len(positions), positions[answered]
-        ids, tail = np.zeros((n, k), np.uint32), np.zeros(n, np.float32)
-        weights, log_probs = np.zeros((n, k), np.float32), np.zeros((n, k), np.float32)
+        part: dict[str, Any] = {
+            "rows": b * t_max + start + positions,
+            "labels": sequence.token_ids[positions + 1],
+            "ids": np.zeros((n, k), np.uint32),
+            "weights": np.zeros((n, k), np.float32),
+            "log_probs": np.zeros((n, k), np.float32),
+            "log_tail_mass": np.zeros(n, np.float32),
+        }
         if target is not None:
             own = slice(target.ids.shape[1])  # another teacher's may be wider
-            ids[answered, own], weights[answered, own] = target.ids[at], target.weights[at]
-            tail[answered] = target.log_tail_mass[at]
+            part["ids"][answered, own], part["weights"][answered, own] = target.ids[at], target.weights[at]
+            part["log_tail_mass"][answered] = target.log_tail_mass[at]
             if target.log_probs is not None:
-                log_probs[answered, own] = target.log_probs[at]
+                part["log_probs"][answered, own] = target.log_probs[at]
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
-        ce = np.float32(weighing.ce) * (1 - alpha)
-        labels = sequence.token_ids[positions + 1]
-        row = b * t_max + start + positions, labels, ids, weights, log_probs, tail, alpha, ce
-        if not weighs:
-            parts.append(row)
-            continue
-        w = np.ones(n, np.float32) if sequence.weights is None else sequence.weights[positions]
-        if weighing.entropy_weight:
-            w = w * entropy_factors(target, positions, weighing.entropy_weight)
-        parts.append((*row[:-2], alpha * w, ce * w, w))
+        part["kd_weight"], part["ce_weight"] = alpha, np.float32(weighing.ce) * (1 - alpha)
+        if asked is not None and asked.spans is not None:
+            part |= span_rows(asked.spans, positions, answered, target, done)
+            part["kd_weight"] = np.where(part["spans"] == done + np.arange(n), alpha, np.float32(0))
+        if weighs:
+            w = np.ones(n, np.float32) if sequence.weights is None else sequence.weights[positions]
+            if weighing.entropy_weight:
+                w = w * entropy_factors(target, positions, weighing.entropy_weight)
+            part |= {"kd_weight": part["kd_weight"] * w, "ce_weight": part["ce_weight"] * w, "row_weights": w}
+        parts.append(part)
+        done += n
     if not parts:
         return None
-    columns: list[Any] = [mx.array(np.concatenate(column)) for column in zip(*parts, strict=True)]
-    batch = Batch(mx.array(tokens), columns[0].astype(mx.int32), *columns[1:])
+    columns: dict[str, Any] = {name: mx.array(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    batch = Batch(mx.array(tokens), **columns | {"rows": columns["rows"].astype(mx.int32)})
     return batch if len(tokens) == len(sequences) else batch._replace(documents=mx.array(documents))

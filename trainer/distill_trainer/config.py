@@ -6,7 +6,7 @@ from typing import Any
 
 from distill_trainer.combine import Combination
 from distill_trainer.config_checks import check
-from distill_trainer.kinds import AttentionKind, FineTuneType, HiddenKind, OnMiss
+from distill_trainer.kinds import AttentionKind, CrossVocab, FineTuneType, HiddenKind, OnMiss
 from distill_trainer.losses import Term
 from distill_trainer.mix import Mix
 from distill_trainer.optimizer import OptimizerName
@@ -64,6 +64,10 @@ class TrainConfig:
     """A completion ends here at the latest."""
     outcome_column: str | None = None
     """A column of the dataset: how much each document weighs, true and false being 1 and 0."""
+    cross_vocab: CrossVocab = "auto"
+    """How to learn from stores of a teacher with another tokenizer: see `distill_trainer.across`."""
+    min_coverage: float = 0.5
+    """Share of what such a teacher says that must be carried over, positions times mass; less is refused."""
     loss: tuple[str, ...] = ("kl",)
     """Distillation losses, NAME[:NUMBER][=WEIGHT] each; their weighted sum is trained."""
     hidden_loss: HiddenKind | None = None

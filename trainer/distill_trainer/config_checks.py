@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, get_args
 
-from distill_trainer.kinds import AttentionKind, FineTuneType, HiddenKind, OnMiss
+from distill_trainer.kinds import AttentionKind, CrossVocab, FineTuneType, HiddenKind, OnMiss
 from distill_trainer.layer_map import LayerMap
 from distill_trainer.losses import Term
 from distill_trainer.mix import Mix
@@ -55,7 +55,7 @@ def check(config: "TrainConfig") -> None:
     check_held_out(config)
     check_adapter(config)
     require_installed(config.report_to)
-    for name, kinds in (("fine_tune_type", FineTuneType), ("on_miss", OnMiss)):
+    for name, kinds in (("fine_tune_type", FineTuneType), ("on_miss", OnMiss), ("cross_vocab", CrossVocab)):
         value = getattr(config, name)
         expected = "|".join(get_args(kinds))
         _require(
@@ -283,6 +283,10 @@ def check_numbers(config: "TrainConfig") -> None:
     _require(
         config.max_grad_norm is None or 0 < config.max_grad_norm < math.inf,
         f"max_grad_norm is {config.max_grad_norm}, expected a number above 0; type --max-grad-norm 1",
+    )
+    _require(
+        0 <= config.min_coverage <= 1,
+        f"min_coverage is {config.min_coverage}, expected 0 to 1; type --min-coverage 0.5",
     )
     if config.select is not None:
         Selection.parse(config.select)

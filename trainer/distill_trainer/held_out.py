@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import distill_kernels
-from distill_kernels import on_tier
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.config import TrainConfig
-from distill_trainer.losses import Loss
+from distill_trainer.loss_values import loss_values
+from distill_trainer.losses import AnyLoss
 from distill_trainer.objective import Objective
 from distill_trainer.targets import Count, TargetSource
 from distill_trainer.two_prompts import read_both
@@ -38,10 +38,10 @@ class HeldOut:
     """Held-out documents with their targets."""
 
     batches: tuple[Batch, ...]
-    """Collated with alpha 1: kd_weight says which positions have targets."""
+    """Collated with alpha 1: kd_weight says which positions have targets, ce_weight which are of labels alone."""
     domains: tuple[tuple[str, ...], ...]
     """Of each batch's documents; empty where none are told apart."""
-    losses: Loss
+    losses: AnyLoss
     alpha: float
     count: Count
 
@@ -75,17 +75,10 @@ class HeldOut:
 
     def _rows(self, head: distill_kernels.Head, batch: Batch) -> npt.NDArray[np.float64]:
         """Of N positions the loss, the KL, the cross-entropy, and whether there are targets; and N ones: [5, N]."""
-        loss, constants = on_tier(self.losses), [getattr(batch, name) for name in self.losses.names]
-        if head.reason is None:
-            hidden = head.trunk(batch.tokens)
-            kl, ce = distill_kernels.chunked(loss, hidden.reshape(-1, hidden.shape[-1])[batch.rows], head, constants)
-        else:
-            logits = head.model(batch.tokens)
-            kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
-        kd, hard = (np.array(each.astype(mx.float32), np.float64) for each in (kl, ce))
-        answered = np.array(batch.kd_weight) > 0
+        kd, hard = (np.array(v.astype(mx.float32), np.float64) for v in loss_values(head, self.losses, batch))
+        answered, alone = (np.array(weight) > 0 for weight in (batch.kd_weight, batch.ce_weight))
         kd = np.where(answered, kd, 0)
-        total = np.where(answered, self.alpha * kd + (1 - self.alpha) * hard, hard)
+        total = self.alpha * kd + np.where(alone, 1, 1 - self.alpha) * hard
         return np.stack([total, kd, hard, answered, np.ones(len(hard))])
 
 

@@ -28,12 +28,16 @@ from distill_kernels import (
     WeightedLoss,
 )
 from distill_kernels.divergence import Divergence
+from distill_kernels.merged import MergedLoss
 
+from distill_trainer.spans import SpanLoss
 from distill_trainer.taid import START
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import Recipe
 
-Loss = LogitsLoss | WeightedLoss
+Loss = LogitsLoss | WeightedLoss | MergedLoss
+AnyLoss = Loss | SpanLoss
+"""Of rows one by one, or of spans of them."""
 LIVE = "the teacher"
 """Stands in messages for a store, where one is not to blame."""
 
@@ -124,7 +128,7 @@ class Term:
         return SampledLoss(temperature, divergence=divergence)
 
 
-def loss_of(terms: Sequence[str], recipe: Recipe, temperature: float, where: str) -> Loss:
+def loss_of(terms: Sequence[str], recipe: Recipe, temperature: float, where: str) -> LogitsLoss | WeightedLoss:
     """The loss that a run asks for, on what a store or a live teacher keeps.
 
     Args:

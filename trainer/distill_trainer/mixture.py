@@ -40,7 +40,7 @@ def mixed(answers: Sequence[SparseTargets], shares: Sequence[float], *, unbiased
     weights = np.concatenate(
         [share * answer.weights.astype(np.float64) for share, answer in zip(shares, answers, strict=True)], axis=1
     )
-    ids, weights = _summed(ids, weights)
+    ids, weights = summed_by_id(ids, weights)
     nothing = np.zeros(len(ids))
     tail = nothing + 1 if unbiased else _weighed(shares, [np.exp(answer.log_tail_mass) for answer in answers])
     with np.errstate(divide="ignore"):
@@ -96,10 +96,10 @@ def _weighed(shares: Sequence[float], columns: Sequence[Floats]) -> npt.NDArray[
     return total
 
 
-def _summed(
+def summed_by_id(
     ids: npt.NDArray[np.uint32], weights: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float64]]:
-    """Entries [P, K] with those of one id made one: ids ascending, empty places last."""
+    """Entries [P, K] with those of one id made one: ids ascending within a row, empty places (weight 0) last."""
     p, k = ids.shape
     sorted_ids = np.where(weights > 0, ids.astype(np.int64), np.iinfo(np.int64).max)  # empty places come last
     order = sorted_ids.argsort(axis=1, kind="stable")

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from distill_kernels import SparseKL
+from distill_kernels import LogitsLoss, SparseKL, WeightedLoss
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.losses import LIVE, Loss, loss_of
+from distill_trainer.crossing import Crossing
+from distill_trainer.losses import LIVE, AnyLoss, loss_of
 from distill_trainer.taid import END, Taid, interpolated, started
 from distill_trainer.temperatures import ladder_of
 from logitstore.recipe import Recipe
@@ -22,28 +23,37 @@ class Objective:
     Args:
         recipe: what is kept of the teacher; None where nothing is distilled.
         where: names the store, for messages.
+        crossing: to a teacher with another tokenizer.
 
     Raises:
         ConfigError: a temperature that the recipe does not serve.
         IncompatibleStoreError: a loss that the recipe does not serve.
     """
 
-    def __init__(self, config: TrainConfig, recipe: Recipe | None, where: str = LIVE) -> None:
+    def __init__(
+        self, config: TrainConfig, recipe: Recipe | None, where: str = LIVE, crossing: Crossing | None = None
+    ) -> None:
         self._steps = config.iters
         self._ladder = None if recipe is None else ladder_of(config.temperature_schedule, recipe, where)
-        self._losses: dict[float | None, Loss] = {None: SparseKL()}
+        self._losses: dict[float | None, LogitsLoss | WeightedLoss] = {None: SparseKL()}
         if recipe is not None and self._ladder is not None:
             self._losses = {rung: loss_of(config.loss, recipe, rung, where) for rung in self._ladder.rungs}
         self._taid = started(next(iter(self._losses.values())))
+        self._crossing = crossing
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the teacher has another tokenizer."""
+        return self._crossing is not None
 
     def temperature(self, step: int) -> float | None:
         """Of a step's targets, known before any step is taken; None where nothing is distilled."""
         return None if self._ladder is None else self._ladder.at(step, self._steps)
 
-    def at(self, step: int) -> Loss:
+    def at(self, step: int) -> AnyLoss:
         """The loss of the next step, which is this one."""
         loss = self._losses[self.temperature(step)]
-        return loss if self._taid is None else interpolated(loss, self._taid.t)
+        return self._across(loss if self._taid is None else interpolated(loss, self._taid.t))
 
     @property
     def last_temperature(self) -> float | None:
@@ -51,9 +61,12 @@ class Objective:
         return self.temperature(self._steps)
 
     @property
-    def last(self) -> Loss:
+    def last(self) -> AnyLoss:
         """The loss that the run ends at, whatever is learned on the way."""
-        return interpolated(self._losses[self.last_temperature], END)
+        return self._across(interpolated(self._losses[self.last_temperature], END))
+
+    def _across(self, loss: LogitsLoss | WeightedLoss) -> AnyLoss:
+        return loss if self._crossing is None else self._crossing.loss(loss)
 
     def shown(self, step: int) -> dict[str, float | None]:
         """What of it moves, as metrics of the step; to be asked before `learned`."""

@@ -63,7 +63,12 @@ def open_stores(config: TrainConfig) -> Teachers:
 
 @contextmanager
 def target_source(
-    config: TrainConfig, teachers: Teachers, tokenizer: object, say: Callable[[str], object] = lambda _: None
+    config: TrainConfig,
+    teachers: Teachers,
+    tokenizer: object,
+    say: Callable[[str], object] = lambda _: None,
+    *,
+    crosses: bool = False,
 ) -> Iterator[TargetSource]:
     """Give the run its source of targets; what the teacher answered is in the store when the block is left, however.
 
@@ -71,6 +76,7 @@ def target_source(
         teachers: from `open_stores`.
         tokenizer: the student's.
         say: takes the one line that the teacher is lost, if it is.
+        crosses: the stores are of another tokenizer, and a `Crossing` sees to it.
 
     Raises:
         IncompatibleStoreError: store, teacher and student do not belong together.
@@ -82,7 +88,8 @@ def target_source(
     fingerprint = vocabulary_of(tokenizer).fingerprint()
     stores, recipe = teachers.stores, teachers.recipe
     for store in stores:
-        require_same_tokenizer(store, fingerprint, config.student)
+        if not crosses:
+            require_same_tokenizer(store, fingerprint, config.student)
     if config.teacher is None:
         assert recipe is not None  # the config sees to it
         yield TargetSource(teachers, recipe, config.miss_policy)

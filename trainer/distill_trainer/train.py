@@ -23,12 +23,14 @@ from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.checkpoint import Checkpoints, cut_metrics
 from distill_trainer.choosing import choose
 from distill_trainer.config import TrainConfig
+from distill_trainer.crossing import crossing_of
 from distill_trainer.draw import Draw
 from distill_trainer.gradients import clipped
 from distill_trainer.held_out import due, hold_out, read_held_out
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.live_teacher import DONE, SILENT
-from distill_trainer.losses import Loss
+from distill_trainer.loss_values import loss_values, outputs
+from distill_trainer.losses import AnyLoss
 from distill_trainer.method import Method, learner, reported, save_own, with_methods, with_teacher
 from distill_trainer.methods import methods_of
 from distill_trainer.objective import Objective
@@ -44,10 +46,11 @@ from distill_trainer.output import (
     require_run,
     writing,
 )
-from distill_trainer.packing import kept_apart, padding, require_apart
+from distill_trainer.packing import padding, require_apart
 from distill_trainer.pages import save_run_page
 from distill_trainer.parallel import ALONE, Processes, processes
 from distill_trainer.report import TrainReport
+from distill_trainer.spans import SpanLoss
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
@@ -92,17 +95,22 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     say(report.describe("--max-seq-length"))
     sequences = weighted(sequences, config, student.tokenizer, say)
     config.combination.say(teachers, sequences, say)
+    vocab_size = student.model(mx.array([[0]])).shape[-1]
+    crossing = crossing_of(config, teachers, student, vocab_size, sequences, say)
     sequences, draw = choose(config, teachers, sequences, say)
     held_out = read_held_out(config, student.tokenizer, sequences, say)
-    vocab_size = student.model(mx.array([[0]])).shape[-1]
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
+    if crossing is not None:
+        sequences, held_out = crossing.over(sequences, say), crossing.over(held_out, say)
 
     folder = output_folder(Path(config.out), new=not config.resume) if among.first else nullcontext(Path(config.out))
     with folder as out:
-        asked = target_source(config, teachers, student.tokenizer, say) if config.distils else nullcontext()
-        with asked as source:
+        crosses = crossing is not None
+        asked = target_source(config, teachers, student.tokenizer, say, crosses=crosses)
+        with asked if config.distils else nullcontext() as source:
             if source is not None:
-                require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
+                if not crosses:
+                    require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
                 say_coverage(source, sequences, config, say)
             methods = methods_of(config, student, source, say)
             make_trainable(student, config, write_base=among.first)
@@ -120,7 +128,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
             run, failure = TrainReport(), None
-            objective = Objective(config, None if source is None else source.recipe)
+            objective = Objective(config, None if source is None else source.recipe, crossing=crossing)
             stores = teachers.stores
             checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out, methods)
             if config.resume:
@@ -266,6 +274,7 @@ def run_steps(
                     **({"failed": count.failed} if asks else {}),
                     **({"on_policy": count.on_policy, "generated": count.generated} if parts.own else {}),
                     **({"unasked": count.unasked} if config.max_teacher_length else {}),
+                    **({"taught": sum(cast(int, b.taught.item()) for b in batches)} if objective.crosses else {}),
                     "trained_tokens": n,
                     "alpha": alpha,
                     "learning_rate": optimizer.learning_rate.item() if config.lr_schedule else config.learning_rate,
@@ -312,23 +321,18 @@ def answered_batches(
         yield chosen, targets, count + generated
 
 
-def batch_loss(head: distill_kernels.Head, losses: Loss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+def batch_loss(head: distill_kernels.Head, losses: AnyLoss, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
     """Mean over trained positions of kd_weight · KL + ce_weight · CE; mean KL where there are targets; mean CE.
 
     Where positions have weights w, these are sum(w l) / sum(w); kd_weight and ce_weight hold them already.
     The logits of a chunk of positions exist at a time, never [batch, length, vocab].
     """
-    constants = [getattr(batch, name) for name in losses.names]
-    loss = on_tier(losses)
-    cache = () if batch.documents is None else (kept_apart(head.model, batch.documents),)
-    if head.reason is None:
-        hidden = head.trunk(batch.tokens, *cache)
-        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.rows]
+    if head.reason is None and not isinstance(losses, SpanLoss):
+        constants = [getattr(batch, name) for name in losses.names]
         shares = batch.kd_weight / batch.weight, batch.ce_weight / batch.weight
-        total, (kl, ce) = distill_kernels.chunked_sum(loss, hidden, head, constants, shares)
+        total, (kl, ce) = distill_kernels.chunked_sum(on_tier(losses), outputs(head, batch), head, constants, shares)
     else:
-        logits = head.model(batch.tokens, *cache)
-        kl, ce = loss(logits.reshape(-1, logits.shape[-1])[batch.rows], *constants)
+        kl, ce = loss_values(head, losses, batch)
         each = mx.where(batch.kd_weight > 0, batch.kd_weight * kl, 0) + batch.ce_weight * ce
         total = each.mean() if batch.row_weights is None else each.sum() / batch.weight
     answered, there = batch.kd_weight > 0, batch.answered_weight

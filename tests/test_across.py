@@ -1,0 +1,380 @@
+"""Students of another tokenizer than the teacher's, from its store alone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import distill_kernels
+from distill_kernels import SparseKL
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from distill_trainer.across import Naming, mapped_asked, span_asked
+from distill_trainer.batches import Weighing, collate
+from distill_trainer.combine import in_order
+from distill_trainer.crossing import crossing_of
+from distill_trainer.train import train
+from logitstore.alignment import spell
+from logitstore.documents import read_documents
+from logitstore.errors import ConfigError, IncompatibleStoreError, LogitstoreError
+from logitstore.model import load_model
+from logitstore.sequences import TokenSequence, tokenize
+from logitstore.store import open_store
+from logitstore.targets import SparseTargets
+from logitstore.vocabulary import vocabulary_of
+from logitstore.vocabulary_map import map_vocabularies
+from tests.runs import World, make_world, write_jsonl
+from tests.tiny import CORPUS, save_tiny_model, tiny_tokenizer
+
+SAMPLE, TRUNCATED = "threshold:16", "top-k:50"
+SMALL = 330
+LEARNING = {"fine_tune_type": "full", "learning_rate": 2e-3, "iters": 10, "alpha": 1.0, "min_coverage": 0.3}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Stores by a teacher of 384 tokens, and a student of 330, whose head has 20 columns of padding."""
+    world = make_world(tmp_path_factory.mktemp("world"), store=False)
+    for select in (SAMPLE, TRUNCATED):
+        world.build(path(world, select), select=select)
+    save_tiny_model(other(world), seed=5, vocab_size=SMALL + 20)
+    its_own().save_pretrained(other(world))
+    write_jsonl(world.folder / "train.jsonl", [{"text": text} for text in CORPUS[:4]])
+    write_jsonl(world.folder / "valid.jsonl", [{"text": text} for text in CORPUS[4:]])
+    return world
+
+
+def its_own() -> PreTrainedTokenizerFast:
+    """The student's tokenizer, which has merges that the teacher's has not."""
+    return tiny_tokenizer(SMALL, texts=[text[::2] + text for text in CORPUS[2:]])
+
+
+def path(world: World, select: str) -> Path:
+    return world.folder / f"{select.replace(':', '-')}.zarr"
+
+
+def other(world: World) -> Path:
+    return world.folder / "other"
+
+
+def sequences(tokenizer: Any, world: World) -> list[TokenSequence]:
+    return list(tokenize(read_documents(str(world.data)), tokenizer, 512))
+
+
+def log_probs(world: World, token_ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    """float64 [L - 1, V], of the live teacher."""
+    logits = np.array(load_model(world.teacher).model(mx.array(token_ids[None, :-1]))[0], np.float64)
+    return np.asarray(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
+
+
+def pairs(world: World) -> list[tuple[TokenSequence, TokenSequence]]:
+    """Each document as the student and as the teacher reads it."""
+    return list(zip(sequences(its_own(), world), sequences(tiny_tokenizer(), world), strict=True))
+
+
+def naming(width: int = SMALL + 20) -> Naming:
+    teacher, student = vocabulary_of(tiny_tokenizer()), vocabulary_of(its_own())
+    return Naming.of(map_vocabularies(teacher, student), teacher, student, width)
+
+
+def mapped(world: World, select: str, one: TokenSequence, its: TokenSequence) -> tuple[Any, SparseTargets]:
+    own = spell(one.token_ids, vocabulary_of(its_own()))
+    theirs = spell(its.token_ids, vocabulary_of(tiny_tokenizer()))
+    asked = mapped_asked(its.token_ids, theirs, own, naming(), unbiased=select == SAMPLE)
+    found = open_store(path(world, select)).get(its.token_ids)
+    assert found is not None
+    return asked, asked.shifted(found)
+
+
+@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+def test_mapped_targets_are_the_teachers_by_the_bytes_of_their_tokens(world: World, select: str) -> None:
+    """By hand: bytes to ids in a dictionary, entry by entry."""
+    teacher, student = tiny_tokenizer(), its_own()
+    own = vocabulary_of(student)
+    spelled = {token: i for i, token in enumerate(own.tokens)}  # specials have the same names in both
+    of_bytes, met = vocabulary_of(teacher).tokens, 0
+    cell = naming().cell
+    assert cell is not None
+    for one, its in pairs(world):
+        asked, found = mapped(world, select, one, its)
+        stored = open_store(path(world, select)).get(its.token_ids)
+        assert stored is not None and len(found) == len(one.trained)
+        text = [vocabulary_of(tokenizer).tokens for tokenizer in (student, teacher)]
+        ends = [np.cumsum([len(text[n][i]) for i in s.token_ids.tolist()]).tolist() for n, s in enumerate((one, its))]
+        for t in range(len(one.trained)):
+            assert asked.taught[t] == (ends[0][t] in ends[1])
+            if not asked.taught[t]:
+                continue
+            met += 1
+            row = ends[1].index(ends[0][t])
+            expected: dict[int, float] = {}
+            lost = 0.0
+            for token, weight in zip(stored.ids[row].tolist(), stored.weights[row].tolist(), strict=True):
+                name = spelled.get(of_bytes[token])
+                if name is None:
+                    lost += weight
+                else:
+                    expected[name] = expected.get(name, 0) + weight
+            tail = np.exp(stored.log_tail_mass[row])
+            if select == SAMPLE and lost:
+                expected[cell] = lost
+            got = {int(i): w for i, w in zip(found.ids[t], found.weights[t], strict=True) if w > 0}
+            assert got == pytest.approx({i: w for i, w in expected.items() if w > 0}, rel=1e-5)
+            assert np.exp(found.log_tail_mass[t]) == pytest.approx(tail if select == SAMPLE else tail + lost, abs=1e-5)
+    assert met > 50
+
+
+def test_a_span_has_the_likelihood_of_the_teachers_tokens_in_it(world: World) -> None:
+    store = open_store(path(world, SAMPLE))
+    many = 0
+    for one, its in pairs(world):
+        own, theirs = (
+            spell(one.token_ids, vocabulary_of(its_own())),
+            spell(its.token_ids, vocabulary_of(tiny_tokenizer())),
+        )
+        asked, stored = span_asked(its.token_ids, theirs, own), store.get(its.token_ids)
+        assert stored is not None
+        found, p = asked.shifted(stored), log_probs(world, its.token_ids)
+        covered = 0
+        for last in sorted(set(asked.spans.tolist()) - {-1}):
+            first = asked.spans.tolist().index(last)
+            begins, ends = own.ends[first], own.ends[last + 1]
+            theirs_in = [t for t in range(len(its.trained)) if begins <= theirs.ends[t] < ends]
+            of_text = sum(p[t, its.token_ids[t + 1]] for t in theirs_in)
+            assert found.label_log_prob[last] == pytest.approx(of_text, abs=len(theirs_in) / 16)
+            covered += ends - begins
+            many += last > first
+        assert covered == len(own.text) - own.ends[np.flatnonzero(asked.taught)[0]]
+    assert many > 10
+
+
+@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+def test_between_identical_tokenizers_mapped_is_the_ordinary_loss_bit_for_bit(world: World, select: str) -> None:
+    vocabulary = vocabulary_of(tiny_tokenizer())
+    same = Naming.of(map_vocabularies(vocabulary, vocabulary), vocabulary, vocabulary, 384)
+    assert same.cell is None
+    assert same.loss(loss := SparseKL(), unbiased=True) is loss
+    store, plain = open_store(path(world, select)), sequences(tiny_tokenizer(), world)
+    targets = [store.get(s.token_ids) for s in plain]
+    spelled = [spell(s.token_ids, vocabulary) for s in plain]
+    across = [
+        replace(s, asked=mapped_asked(s.token_ids, w, w, same, unbiased=select == SAMPLE))
+        for s, w in zip(plain, spelled, strict=True)
+    ]
+    carried = [s.own(t) for s, t in zip(across, targets, strict=True)]
+    batches = [collate(plain, targets, Weighing(0.9, "error")), collate(across, carried, Weighing(0.9, "error"))]
+    head = distill_kernels.split_head(load_model(world.student).model)
+    found = []
+    for batch in batches:
+        assert batch is not None
+        logits = head.model(batch.tokens)[0 : len(batch.tokens)].reshape(-1, 384)[batch.rows]
+        by_id = np.argsort(np.where(np.array(batch.weights) > 0, np.array(batch.ids).astype(np.int64), 1 << 40), axis=1)
+        ids, weights = (np.take_along_axis(np.array(a), by_id, axis=1) for a in (batch.ids, batch.weights))
+        k = 16 if select == SAMPLE else 50
+        found.append(
+            (ids[:, :k] * (weights[:, :k] > 0), weights[:, :k], np.array(batch.log_tail_mass), np.array(logits))
+        )
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def permuted(tokenizer: PreTrainedTokenizerFast, order: npt.NDArray[np.int64]) -> PreTrainedTokenizerFast:
+    """The same tokenizer with other numbers: token i is order[i]."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = description["model"]["vocab"]
+    description["model"]["vocab"] = {piece: int(order[i]) for piece, i in vocab.items()}
+    for token in description["added_tokens"]:
+        token["id"] = int(order[token["id"]])
+    description["added_tokens"].sort(key=lambda token: token["id"])
+    names = {n: getattr(tokenizer, n) for n in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)), **names)
+
+
+@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+def test_a_student_whose_tokens_are_numbered_otherwise_learns_the_same(
+    world: World, tmp_path: Path, select: str
+) -> None:
+    """Its head wider by padding too, which makes a difference to a softmax: so both are as wide."""
+    order = np.random.default_rng(0).permutation(384)
+    tokenizer = permuted(tiny_tokenizer(), order)
+    save_tiny_model(tmp_path / "plain", seed=2)
+    save_tiny_model(tmp_path / "permuted", seed=2)
+    weights = mx.load(str(tmp_path / "permuted" / "model.safetensors"))
+    name = next(name for name, array in weights.items() if array.shape[0] == 384)
+    weights[name] = weights[name][mx.array(np.argsort(order))]
+    mx.save_safetensors(str(tmp_path / "permuted" / "model.safetensors"), weights, metadata={"format": "mlx"})
+    tokenizer.save_pretrained(tmp_path / "permuted")
+    curves = []
+    for student in ("plain", "permuted"):
+        _, lines = world.train(
+            tmp_path / f"{student}-out",
+            student=str(tmp_path / student),
+            store=(str(path(world, select)),),
+            **LEARNING | {"cross_vocab": "mapped", "min_coverage": 1.0},
+        )
+        curves.append([line["loss"] for line in lines])
+        assert ("taught" in lines[0]) == (student == "permuted")
+    assert curves[1] == pytest.approx(curves[0], abs=2e-5)
+
+
+@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+@pytest.mark.parametrize("method", ["mapped", "span"])
+def test_a_student_of_another_tokenizer_learns_from_the_store_what_it_has_not_seen(
+    world: World, tmp_path: Path, select: str, method: str
+) -> None:
+    shown = {"dataset": str(world.folder), "valid_split": "valid", "steps_per_eval": 1}
+    store = (str(path(world, select)),)
+    report, lines = world.train(
+        tmp_path / "o", student=str(other(world)), store=store, cross_vocab=method, **LEARNING, **shown
+    )
+    assert lines[-1]["valid_kd_loss"] < lines[0]["valid_kd_loss"] - 0.003
+    assert report.count.misses == 0
+    assert all(0 < line["taught"] <= line["trained_tokens"] for line in lines)
+    load_model(tmp_path / "o")
+
+
+def test_a_span_of_the_batch_adds_up_the_students_rows(world: World) -> None:
+    """kd of the step against the formula, from the student's own log-probs in float64."""
+    store = open_store(path(world, SAMPLE))
+    student = load_model(other(world))
+    head = distill_kernels.split_head(student.model)
+    from distill_trainer.loss_values import loss_values
+    from distill_trainer.spans import SpanLoss
+
+    chosen, targets, expected = [], [], []
+    for one, its in pairs(world)[:3]:
+        own = spell(one.token_ids, vocabulary_of(its_own()))
+        theirs = spell(its.token_ids, vocabulary_of(tiny_tokenizer()))
+        asked = span_asked(its.token_ids, theirs, own)
+        sequence = replace(one, asked=asked)
+        stored = store.get(its.token_ids)
+        assert stored is not None
+        target = asked.shifted(stored)
+        chosen.append(sequence)
+        targets.append(target)
+        logits = np.array(student.model(mx.array(one.token_ids[None, :-1]))[0], np.float64)
+        q = logits - np.logaddexp.reduce(logits, axis=1)[:, None]
+        y_s = dict.fromkeys(set(asked.spans.tolist()) - {-1}, 0.0)
+        for t, last in enumerate(asked.spans.tolist()):
+            if last >= 0:
+                y_s[last] += q[t, one.token_ids[t + 1]]
+        for last in sorted(y_s):
+            a, b = (np.exp((y - 1e-6) / 100) for y in (float(target.label_log_prob[last]), y_s[last]))
+            expected.append(100 * (a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))))
+    batch = collate(chosen, targets, Weighing(1.0, "error"))
+    assert batch is not None
+    kd, _ = loss_values(head, SpanLoss(), batch)
+    found = np.array(kd)[np.array(batch.kd_weight) > 0]
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_span_that_is_not_trained_as_a_whole_teaches_nothing(world: World) -> None:
+    one, its = pairs(world)[0]
+    own = spell(one.token_ids, vocabulary_of(its_own()))
+    asked = span_asked(its.token_ids, spell(its.token_ids, vocabulary_of(tiny_tokenizer())), own)
+    long = next(last for last in asked.spans.tolist() if (asked.spans == last).sum() > 1)
+    trained = one.trained.copy()
+    trained[long] = False
+    stored = open_store(path(world, SAMPLE)).get(its.token_ids)
+    assert stored is not None
+    batch = collate([replace(one, trained=trained, asked=asked)], [asked.shifted(stored)], Weighing(0.5, "error"))
+    assert batch is not None
+    rows = np.array(batch.rows)
+    inside = (asked.spans[rows] == long) | (asked.spans[rows] == -1)
+    assert inside.any()
+    assert (np.array(batch.spans)[inside] == -1).all()
+    assert (np.array(batch.ce_weight)[inside] == 1).all()
+    assert (np.array(batch.ce_weight)[~inside] == 0.5).all()
+    assert len(np.unique(np.array(batch.spans)[~inside])) == (np.array(batch.kd_weight) > 0).sum()
+
+
+def test_auto_takes_mapped_where_it_carries_half_over_and_spans_elsewhere_and_says_why(
+    world: World, tmp_path: Path
+) -> None:
+    tiny_tokenizer(380).save_pretrained(save_tiny_model(tmp_path / "near", seed=5, vocab_size=380))
+    for student, method in ((tmp_path / "near", "mapped"), (other(world), "span")):
+        said: list[str] = []
+        store = (str(path(world, SAMPLE)),)
+        train(world.config(tmp_path / f"{method}-out", student=str(student), store=store, iters=1), said.append)
+        told = "\n".join(said)
+        assert f"--cross-vocab auto takes {method}: mapped teaches" in told
+        assert f"--cross-vocab {method} teaches" in told
+        assert "the teacher's tokenizer is another one" in told
+
+
+def test_texts_that_no_store_holds_are_named_and_counted_as_misses(world: World, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in (*CORPUS, "a text that nobody was asked about")])
+    said: list[str] = []
+    config = world.config(
+        tmp_path / "o",
+        student=str(other(world)),
+        store=(str(path(world, SAMPLE)),),
+        dataset=str(tmp_path),
+        on_miss="hard-only",
+        iters=4,
+    )
+    report = train(config, said.append)
+    assert "1 of 7 documents have a text that no store begins with: train.jsonl:7" in "\n".join(said)
+    assert report.count.misses > 0
+
+
+def test_a_document_that_is_cut_or_goes_on_is_answered_as_far_as_the_texts_agree(world: World) -> None:
+    student, teacher = vocabulary_of(its_own()), vocabulary_of(tiny_tokenizer())
+    one, its = pairs(world)[1]
+    whole = spell(its.token_ids, teacher)
+    for cut in (5, 9):
+        ids = one.token_ids[:cut]
+        asked = mapped_asked(its.token_ids, whole, spell(ids, student), naming(), unbiased=True)
+        assert asked.answered(len(its.token_ids) - 1) == cut - 1
+    shorter = its.token_ids[:8]
+    own = spell(one.token_ids, student)
+    asked = mapped_asked(shorter, spell(shorter, teacher), own, naming(), unbiased=True)
+    answered = asked.answered(7)
+    assert asked.taught is not None
+    last = np.flatnonzero(asked.taught[:answered])[-1]
+    assert whole.ends[5] <= own.ends[last] <= whole.ends[6]  # of positions 0 to 6
+    assert own.ends[answered - 1] <= whole.ends[7] < own.ends[answered]
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "expected"),
+    [
+        ({"cross_vocab": "mapped"}, ConfigError, r"expected at least 0.5; type --min-coverage 0.4"),
+        ({"teacher": "T"}, ConfigError, "and --teacher needs the teacher's; leave it out"),
+        ({"hidden_loss": "mse"}, ConfigError, "--hidden-loss needs"),
+        ({"filter": ("nll<3",)}, ConfigError, "nll of a document needs"),
+        ({"loss": ("jsd",), "cross_vocab": "mapped", "min_coverage": 0.1}, IncompatibleStoreError, "cannot serve"),
+        ({"loss": ("soft-ce",), "cross_vocab": "span"}, IncompatibleStoreError, "span has a loss of its own"),
+        ({"cross_vocab": "maped"}, ConfigError, "cross_vocab is maped; type --cross-vocab auto|mapped|span"),
+        ({"min_coverage": 2.0}, ConfigError, "min_coverage is 2.0, expected 0 to 1"),
+    ],
+)
+def test_what_does_not_go_across_is_refused(
+    world: World, tmp_path: Path, options: dict[str, Any], kind: type[LogitstoreError], expected: str
+) -> None:
+    with pytest.raises(kind, match=expected):
+        world.train(tmp_path / "o", student=str(other(world)), store=(str(path(world, SAMPLE)),), **options)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("method", ["mapped", "span"])
+def test_a_run_across_is_resumed_to_the_last_bit(world: World, tmp_path: Path, method: str) -> None:
+    options = {
+        "student": str(other(world)), "store": (str(path(world, SAMPLE)),), "cross_vocab": method, "min_coverage": 0.3,
+    }  # fmt: skip
+    _, whole = world.train(tmp_path / "whole", **options, iters=4)
+    world.train(tmp_path / "o", **options, iters=2, save_every=2)
+    _, parts = world.train(tmp_path / "o", **options, iters=4, resume=True, save_every=2)
+    assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
+
+
+def test_nothing_is_crossed_between_equal_tokenizers(world: World) -> None:
+    config = world.config(world.folder / "none", store=(str(path(world, SAMPLE)),))
+    teachers = in_order([open_store(path(world, SAMPLE))])
+    assert crossing_of(config, teachers, load_model(world.student), 384, world.sequences(), print) is None

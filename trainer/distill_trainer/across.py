@@ -1,0 +1,173 @@
+"""A teacher with another tokenizer than the student's: what it said of the same text, at the student's positions.
+
+Two positions speak of the same when the tokens up to them end at the same byte of the text (`logitstore.alignment`).
+There are two ways to learn from that, each from a store alone:
+
+    mapped   at such a position the teacher's entries become those of the student's tokens with the same bytes. What it
+             gave to tokens that the student lacks goes to the cell of the rest: of a truncated teacher the tail, of a
+             sample all of the student's tokens that the teacher lacks, which the loss sees as one (`MergedLoss`)
+    span     between two such positions the likelihood of the text is compared, which is the product over the tokens of
+             each side (`span_divergence`); every position between takes part
+
+Other positions have no targets. A document's alignment stands in its `asked`, as that of another prompt does.
+"""
+
+from dataclasses import dataclass, replace
+
+from distill_kernels import LogitsLoss, WeightedLoss
+from distill_kernels.merged import MergedLoss
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from distill_trainer.mixture import summed_by_id
+from logitstore.alignment import Spelled, common_prefix, meetings
+from logitstore.asked import Asked
+from logitstore.targets import SparseTargets
+from logitstore.vocabulary import Vocabulary
+from logitstore.vocabulary_map import VocabularyMap
+
+Ints = npt.NDArray[np.int32]
+NOWHERE = np.iinfo(np.int32).max
+"""Stands for a position that no teacher answers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Naming:
+    """How the student calls the teacher's tokens."""
+
+    student_ids: Ints
+    """[V_t]; the student's token that says the same, -1 where there is none."""
+    unnamed: npt.NDArray[np.bool_]
+    """[V_s]; the student's tokens that are none of the teacher's."""
+    cell: int | None
+    """The id that stands for all of them in a sample. None where every token of the teacher has a name; and where every
+    one of the student's is the teacher's: then nothing is left that mass without a name could go to, and it is dropped.
+    """
+
+    @classmethod
+    def of(cls, found: VocabularyMap, teacher: Vocabulary, student: Vocabulary, width: int) -> "Naming":
+        """Of a map, for a student whose head has so many columns; padding is no token of either."""
+        real = np.array([bool(token) for token in teacher.tokens])
+        lacking = bool((found.student_ids[: len(real)][real] < 0).any())
+        unnamed = np.zeros(width, np.bool_)
+        unnamed[: len(student)] = [bool(token) for token in student.tokens]
+        unnamed[found.student_ids[found.student_ids >= 0]] = False
+        return cls(found.student_ids, unnamed, int(unnamed.argmax()) if lacking and unnamed.any() else None)
+
+    def renamed(self, targets: SparseTargets, *, unbiased: bool) -> SparseTargets:
+        """The teacher's entries as the student's, [P, k + 1]: ids ascending in a row, empty places last.
+
+        Args:
+            unbiased: they are a sample; else truncated.
+        """
+        known = targets.ids < len(self.student_ids)
+        ids = np.where(known, self.student_ids[np.where(known, targets.ids, 0)], -1)
+        named = ids >= 0
+        weights = targets.weights.astype(np.float64)
+        lost = np.where(named, 0, weights).sum(axis=1)
+        ids, weights = np.where(named, ids, 0), np.where(named, weights, 0)
+        log_tail = targets.log_tail_mass
+        to_cell = lost if unbiased and self.cell is not None else np.zeros(len(targets))
+        if not unbiased:
+            with np.errstate(divide="ignore"):
+                log_tail = np.log(np.exp(log_tail.astype(np.float64)) + lost).astype(np.float32)
+        cell = np.full((len(targets), 1), self.cell or 0)
+        ids, weights = summed_by_id(
+            np.concatenate([ids, cell], axis=1).astype(np.uint32), np.concatenate([weights, to_cell[:, None]], axis=1)
+        )
+        return replace(
+            targets,
+            ids=ids,
+            weights=weights.astype(np.float32),
+            head_count=np.zeros_like(targets.head_count),
+            log_tail_mass=log_tail,
+            log_probs=None,
+        )
+
+    def named_mass(self, targets: SparseTargets) -> npt.NDArray[np.float64]:
+        """Share of each position's kept weights that have a name: [P]."""
+        known = targets.ids < len(self.student_ids)
+        named = known & (self.student_ids[np.where(known, targets.ids, 0)] >= 0)
+        weights = targets.weights.astype(np.float64)
+        return np.asarray(np.where(named, weights, 0).sum(axis=1) / weights.sum(axis=1))
+
+    def loss(self, loss: LogitsLoss | WeightedLoss, *, unbiased: bool) -> LogitsLoss | WeightedLoss | MergedLoss:
+        """The loss of such targets."""
+        if not unbiased or self.cell is None:
+            return loss
+        return MergedLoss(loss, mx.array(self.unnamed), self.cell)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MappedAsked(Asked):
+    """The teacher's document, position by position where both have read the same."""
+
+    naming: Naming
+    unbiased: bool
+
+    def shifted(self, targets: SparseTargets) -> SparseTargets:
+        """The teacher's answer at the student's positions by the student's names; what it is where they do not meet
+        nobody reads.
+        """
+        return self.naming.renamed(super().shifted(targets), unbiased=self.unbiased)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SpanAsked(Asked):
+    """The teacher's document, span by span."""
+
+    starts: Ints
+    """[L - 1]; at the last position of a span the teacher's first, else 0."""
+
+    def shifted(self, targets: SparseTargets) -> SparseTargets:
+        """Targets whose `label_log_prob` at a span's last position is that of the whole span."""
+        found = super().shifted(targets)
+        sums = np.concatenate([[0.0], np.cumsum(targets.label_log_prob, dtype=np.float64)])
+        n = len(found)
+        whole = sums[self.positions[:n] + 1] - sums[self.starts[:n]]
+        return replace(found, label_log_prob=whole.astype(np.float32))
+
+
+def mapped_asked(token_ids: Ints, other: Spelled, own: Spelled, naming: Naming, *, unbiased: bool) -> MappedAsked:
+    """A document of L of the student's tokens for `mapped`.
+
+    Args:
+        token_ids, other: the teacher's.
+    """
+    met = meetings(own, other)
+    positions = _never_falling(met, own, other)
+    return MappedAsked(token_ids, positions, taught=met[:-1] >= 0, naming=naming, unbiased=unbiased)
+
+
+def span_asked(token_ids: Ints, other: Spelled, own: Spelled) -> SpanAsked:
+    """The same for `span`."""
+    met = meetings(own, other)
+    at = np.flatnonzero(met >= 0)
+    n = len(met) - 1
+    spans, positions, starts = np.full(n, -1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
+    for first, end in zip(at[:-1].tolist(), at[1:].tolist(), strict=True):
+        spans[first:end] = end - 1
+        positions[first:end] = met[end] - 1
+        starts[end - 1] = met[first]
+    beyond = own.ends[:-1] > common_prefix(own.text, other.text)
+    positions = np.maximum.accumulate(np.where(beyond, NOWHERE, positions)).astype(np.int32)
+    return SpanAsked(token_ids, positions, taught=spans >= 0, spans=spans, starts=starts)
+
+
+def unknown_asked(length: int, *, spans: bool) -> Asked:
+    """A document of L tokens that nobody knows."""
+    positions = np.full(length - 1, NOWHERE, np.int32)
+    return Asked(
+        np.zeros(1, np.int32),
+        positions,
+        taught=np.zeros(length - 1, np.bool_),
+        spans=np.full(length - 1, -1, np.int32) if spans else None,
+    )
+
+
+def _never_falling(met: Ints, own: Spelled, other: Spelled) -> Ints:
+    """[L - 1]; the last of the teacher's positions that is needed up to each of the student's."""
+    beyond = own.ends[:-1] > common_prefix(own.text, other.text)
+    return np.maximum.accumulate(np.where(beyond, NOWHERE, np.maximum(met[:-1], 0))).astype(np.int32)

@@ -1,0 +1,213 @@
+"""`--cross-vocab`: how a run learns from stores of a teacher with another tokenizer, chosen and said before it."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from distill_kernels import LogitsLoss, WeightedLoss
+
+import numpy as np
+
+from distill_trainer.across import NOWHERE, Naming, mapped_asked, span_asked, unknown_asked
+from distill_trainer.combine import LINEAR, Teachers
+from distill_trainer.config import TrainConfig
+from distill_trainer.kinds import CrossVocab
+from distill_trainer.losses import AnyLoss, Term
+from distill_trainer.spans import SpanLoss, in_whole_spans
+from distill_trainer.texts import Texts
+from logitstore.alignment import spell
+from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.model import LoadedModel
+from logitstore.sequences import TokenSequence
+from logitstore.vocabulary import vocabulary_of
+from logitstore.vocabulary_map import map_vocabularies
+
+LEAST_AUTO = 0.5
+"""Of the teacher's words, positions times mass, that `mapped` must carry over for `auto` to take it."""
+SAMPLED = 64
+"""Documents that coverage is measured on."""
+NAMED = 3
+"""Documents that are named where many are unknown."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of the trained positions a method teaches, over a sample of documents."""
+
+    positions: float
+    """Share of them that have targets."""
+    mass: float
+    """Mean share of the teacher's mass there that has a name; 1 where names do not matter."""
+
+    @property
+    def share(self) -> float:
+        """Both."""
+        return self.positions * self.mass
+
+    def __str__(self) -> str:
+        named = "" if self.mass == 1 else f", with names for {100 * self.mass:.1f} % of the teacher's mass there"
+        return f"{100 * self.positions:.1f} % of trained positions{named}"
+
+
+class Crossing:
+    """Carries a run's documents and losses over to a teacher with another tokenizer."""
+
+    def __init__(self, config: TrainConfig, teachers: Teachers, student: LoadedModel, width: int) -> None:
+        """Map the vocabularies, and read the texts of the stores.
+
+        Args:
+            width: columns of the student's head.
+
+        Raises:
+            CorruptStoreError: a store's bytes are not those that were written.
+        """
+        assert teachers.recipe is not None
+        self._teachers, self._recipe = teachers, teachers.recipe
+        self._teacher = teachers.stores[0].vocabulary
+        self._student = vocabulary_of(student.tokenizer)
+        self.map = map_vocabularies(self._teacher, self._student)
+        self._naming = Naming.of(self.map, self._teacher, self._student, width)
+        self._texts = Texts(teachers.stores, config.quiet)
+        self.method: CrossVocab = config.cross_vocab
+
+    def over(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
+        """The documents with what the teacher reads in their place; which of them no store knows is said."""
+        found = [self._over(sequence, self.method) for sequence in sequences]
+        unknown = [s.where for s in found if s.asked is not None and s.asked.positions[0] == NOWHERE]
+        if unknown:
+            named = ", ".join(unknown[:NAMED]) + (", ..." if len(unknown) > NAMED else "")
+            say(f"{len(unknown):,} of {len(found):,} documents have a text that no store begins with: {named}")
+        return found
+
+    def _over(self, sequence: TokenSequence, method: CrossVocab) -> TokenSequence:
+        own = spell(sequence.token_ids, self._student)
+        known = self._texts.find(own.text)
+        if known is None:
+            return replace(sequence, asked=unknown_asked(len(sequence.token_ids), spans=method == "span"))
+        if method == "span":
+            return replace(sequence, asked=span_asked(*known, own))
+        unbiased = self._recipe.selection.unbiased
+        return replace(sequence, asked=mapped_asked(*known, own, self._naming, unbiased=unbiased))
+
+    def coverage(self, sequences: Sequence[TokenSequence], method: CrossVocab) -> Coverage:
+        """What a method would teach of some documents."""
+        trained, taught, masses = 0, 0, [np.empty(0)]
+        for sequence in sequences:
+            asked = self._over(sequence, method).asked
+            assert asked is not None and asked.taught is not None
+            positions = np.flatnonzero(sequence.trained)
+            trained += len(positions)
+            found = self._teachers.of(sequence).get(asked.token_ids)
+            if found is None:
+                continue
+            own = asked.shifted(found)
+            positions = positions[positions < len(own)]
+            positions = positions[asked.taught[positions]]
+            if asked.spans is not None:
+                positions = positions[in_whole_spans(asked.spans, positions, positions)]
+            else:
+                masses.append(self._naming.named_mass(found.rows(asked.positions[positions])))
+            taught += len(positions)
+        mass = np.concatenate(masses)
+        return Coverage(taught / trained, float(mass.mean()) if len(mass) else 1.0)
+
+    def described(self, student: str) -> str:
+        """How many of the teacher's tokens have a name, in words."""
+        ids = self.map.student_ids
+        return f"{np.count_nonzero(ids >= 0):,} of its {len(ids):,} tokens are tokens of {student} too"
+
+    def require_loss(self, config: TrainConfig) -> None:
+        """Check that the run's loss is served across.
+
+        Raises:
+            IncompatibleStoreError: it is not.
+        """
+        names = [Term.parse(text).name for text in config.loss]
+        if self.method == "span" and config.loss != ("kl",):
+            raise IncompatibleStoreError(
+                f"--cross-vocab span has a loss of its own, and --loss names {', '.join(config.loss)}; leave --loss "
+                "out, or type --cross-vocab mapped"
+            )
+        if self.method == "mapped" and self._recipe.selection.unbiased and not set(names) <= set(LINEAR):
+            raise IncompatibleStoreError(
+                f"--loss {', '.join(config.loss)} is not served across tokenizers by a sample "
+                f"({self._recipe.selection}); type `logitstore build --select top-k:50` for another store, or --loss kl"
+            )
+
+    def loss(self, loss: LogitsLoss | WeightedLoss) -> AnyLoss:
+        """The loss on such targets, in place of one on the teacher's own."""
+        if self.method == "span":
+            return SpanLoss()
+        return self._naming.loss(loss, unbiased=self._recipe.selection.unbiased)
+
+
+def crossing_of(
+    config: TrainConfig,
+    teachers: Teachers,
+    student: LoadedModel,
+    width: int,
+    sequences: Sequence[TokenSequence],
+    say: Callable[[str], object],
+) -> Crossing | None:
+    """How this run crosses from the stores' tokenizer to the student's; None where it is the same one.
+
+    Args:
+        width: columns of the student's head.
+        sequences: that it trains on.
+        say: takes a line of text for the user.
+
+    Raises:
+        ConfigError: less than `min_coverage`, or a flag that reads the student's tokens as the teacher's.
+        IncompatibleStoreError: a loss that is not served across.
+        CorruptStoreError: a store's bytes are not those that were written.
+    """
+    if not teachers.stores or not config.distils:
+        return None
+    own = vocabulary_of(student.tokenizer).fingerprint()
+    if all(store.manifest.tokenizer.fingerprint == own for store in teachers.stores):
+        return None
+    require_crossable(config, teachers, own)
+    crossing = Crossing(config, teachers, student, width)
+    say(f"the teacher's tokenizer is another one; {crossing.described(student.name)}")
+    numbers = np.random.default_rng(config.seed).permutation(len(sequences))[:SAMPLED].tolist()
+    some = [sequences[number] for number in numbers]
+    coverage = crossing.coverage(some, "mapped" if config.cross_vocab == "auto" else config.cross_vocab)
+    if config.cross_vocab == "auto":
+        enough = coverage.share >= LEAST_AUTO
+        crossing.method = "mapped" if enough else "span"
+        why = f"mapped teaches {coverage}, {'at least' if enough else 'less than'} half of what the teacher says"
+        say(f"--cross-vocab auto takes {crossing.method}: {why}")
+        if not enough:
+            coverage = crossing.coverage(some, "span")
+    say(f"--cross-vocab {crossing.method} teaches {coverage}, in a sample of {len(some):,} documents")
+    if coverage.share < config.min_coverage:
+        raise ConfigError(
+            f"--cross-vocab {crossing.method} carries over {coverage.share:.3f} of what the teacher says ({coverage}), "
+            f"expected at least {config.min_coverage:g}; type --min-coverage "
+            f"{math.floor(100 * coverage.share) / 100:g} to go on all the same, --cross-vocab with another way, or "
+            "--student with a tokenizer nearer to the teacher's"
+        )
+    crossing.require_loss(config)
+    return crossing
+
+
+def require_crossable(config: TrainConfig, teachers: Teachers, student_fingerprint: str) -> None:
+    """Check that nothing else reads the student's tokens as the teacher's.
+
+    Raises:
+        ConfigError: a flag that does.
+    """
+    store = teachers.stores[0]
+    for given, flag in (
+        (config.teacher is not None, "--teacher"),
+        (config.combination.several, "--store of several teachers"),
+        (config.hidden_loss is not None, "--hidden-loss"),
+        (not set(config.measures) <= {"length"}, f"{', '.join(config.measures)} of a document"),
+        (config.teacher_template != config.student_template, "--teacher-prompt-template"),
+    ):
+        if given:
+            raise ConfigError(
+                f"{store.path} was built with tokenizer {store.manifest.tokenizer.fingerprint} (teacher "
+                f"{store.manifest.teacher.name}), student {config.student} has {student_fingerprint}, and {flag} needs "
+                "the teacher's; leave it out, or type --student with a model of the teacher's tokenizer"
+            )
