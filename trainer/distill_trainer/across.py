@@ -49,12 +49,13 @@ class Naming:
     @classmethod
     def of(cls, found: VocabularyMap, teacher: Vocabulary, student: Vocabulary, width: int) -> "Naming":
         """Of a map, for a student whose head has so many columns; padding is no token of either."""
+        student_ids = np.where(found.student_ids < width, found.student_ids, -1)
         real = np.array([bool(token) for token in teacher.tokens])
-        lacking = bool((found.student_ids[: len(real)][real] < 0).any())
+        lacking = bool((student_ids[: len(real)][real] < 0).any())
         unnamed = np.zeros(width, np.bool_)
-        unnamed[: len(student)] = [bool(token) for token in student.tokens]
-        unnamed[found.student_ids[found.student_ids >= 0]] = False
-        return cls(found.student_ids, unnamed, int(unnamed.argmax()) if lacking and unnamed.any() else None)
+        unnamed[: len(student)] = [bool(token) for token in student.tokens[:width]]
+        unnamed[student_ids[student_ids >= 0]] = False
+        return cls(student_ids, unnamed, int(unnamed.argmax()) if lacking and unnamed.any() else None)
 
     def renamed(self, targets: SparseTargets, *, unbiased: bool) -> SparseTargets:
         """The teacher's entries as the student's, [P, k + 1]: ids ascending in a row, empty places last.

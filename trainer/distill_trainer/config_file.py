@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.kinds import AttentionKind, FineTuneType, HiddenKind, OnMiss
+from distill_trainer.kinds import AttentionKind, CrossVocab, FineTuneType, HiddenKind, OnMiss
 from distill_trainer.mlx_lm_config import translated
 from distill_trainer.optimizer import OptimizerName
 from logitstore.errors import ConfigError
@@ -102,6 +102,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     OnMiss | None: ("text", _of(str)),
     HiddenKind | None: ("text", _of(str)),
     AttentionKind | None: ("text", _of(str)),
+    CrossVocab: ("text", _of(str)),
     FineTuneType: ("text", _of(str)),
     OptimizerName: ("text", _of(str)),
     float | str: ("a number, or a schedule as in 0.9->0.3:cosine", _number_or_text),
