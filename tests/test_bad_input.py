@@ -166,7 +166,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --select top-k:4", r"built with --select threshold:16, .* `logitstore build --select top-k:4`"),
         (
             TRAIN + " --student {folder}/foreign --teacher {teacher}",
-            r"built with tokenizer .* student .*foreign has .*, and --teacher needs the teacher's; leave it out, or type",
+            r"built with tokenizer .* student .*foreign has .*, and --teacher needs the teacher's; leave it out",
         ),
         (TRAIN + " --max-seq-length 9", r"documents are not in the store \(is --max-seq-length 9 .*; type --teacher T"),
         # moving stores

@@ -26,7 +26,7 @@ from distill_trainer.batches import epochs
 from distill_trainer.config import TrainConfig
 from distill_trainer.student import load_student, make_trainable
 from logitstore.documents import read_documents
-from logitstore.model import LoadedModel, build_model, load_model
+from logitstore.model import LoadedModel, build_model, load_model, save_model_dir
 from logitstore.sequences import TokenSequence, tokenize
 from tools.bench_text import teacher_path, texts
 
@@ -79,7 +79,7 @@ def small_world(out: Path, steps: int) -> World:
     documents = [text for text in documents if len(text) > WINDOW_CHARACTERS // 2][::SHARE]
     data = _split(folder, documents)
     teacher = folder / "teacher"
-    tokenizer = _tokenizer(documents[: len(documents) // 4])
+    tokenizer = trained_tokenizer(documents[: len(documents) // 4])
     train, held_out = (_sequences(path, tokenizer) for path in data)
     if not (teacher / "config.json").exists():
         _train_teacher(teacher, tokenizer, train)
@@ -87,7 +87,7 @@ def small_world(out: Path, steps: int) -> World:
     def student(seed: int) -> LoadedModel:
         path = folder / f"student-{seed}"
         if not (path / "config.json").exists():
-            _save(_llama(tokenizer, hidden=64, layers=4, seed=seed + 1), tokenizer, path)
+            begun_llama(path, tokenizer, hidden=64, layers=4, seed=seed + 1)
         return _trainable(load_model(path))
 
     few = folder / "student.jsonl"
@@ -132,7 +132,8 @@ def _sequences(path: Path, tokenizer: Any) -> list[TokenSequence]:
     return list(tokenize(read_documents(str(path)), tokenizer, 512))
 
 
-def _tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+def trained_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCAB` tokens, trained on some text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -173,9 +174,12 @@ def _drawn(rng: np.random.Generator, shape: tuple[int, ...]) -> mx.array:
     return mx.ones(shape) if len(shape) == 1 else mx.array(rng.normal(0, 0.02, shape).astype(np.float32))
 
 
-def _save(made: LoadedModel, tokenizer: Any, path: Path) -> None:
-    from logitstore.model import save_model_dir
+def begun_llama(path: Path, tokenizer: Any, *, hidden: int, layers: int, seed: int) -> None:
+    """Save an untrained llama as an mlx-lm folder."""
+    _save(_llama(tokenizer, hidden=hidden, layers=layers, seed=seed), tokenizer, path)
 
+
+def _save(made: LoadedModel, tokenizer: Any, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     save_model_dir(made.model, tokenizer, made.config, path)
 
