@@ -49,7 +49,8 @@ class Naming:
     @classmethod
     def of(cls, found: VocabularyMap, teacher: Vocabulary, student: Vocabulary, width: int) -> "Naming":
         """Of a map, for a student whose head has so many columns; padding is no token of either."""
-        student_ids = np.where(found.student_ids < width, found.student_ids, -1)
+        student_ids = np.where(found.student_ids >= 0, found.student_ids, found.first_pieces)
+        student_ids = np.where(student_ids < width, student_ids, -1).astype(np.int32)
         real = np.array([bool(token) for token in teacher.tokens])
         lacking = bool((student_ids[: len(real)][real] < 0).any())
         unnamed = np.zeros(width, np.bool_)
