@@ -55,6 +55,14 @@ class VocabularyMap:
         found: Ids = np.where(inside, self.student_ids[np.where(inside, token_ids, 0)], NONE).astype(np.int32)
         return found
 
+    @property
+    def first_pieces(self) -> Ids:
+        """[V_teacher]; the first token of each link, -1 where there is none."""
+        there = self.link_lengths > 0
+        first = np.full(len(self), NONE, np.int32)
+        first[there] = self.link_ids[(np.cumsum(self.link_lengths) - self.link_lengths)[there]]
+        return first
+
     def link(self, token_id: int) -> list[int]:
         """The student's tokens that spell a teacher's token without an equal; empty where there are none."""
         end = int(self.link_lengths[: token_id + 1].sum(dtype=np.int64))

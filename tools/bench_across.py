@@ -1,6 +1,6 @@
 """What a student with a tokenizer of its own learns from a store of another: bits per byte of held-out text.
 
-    OPENBLAS_NUM_THREADS=1 .venv/bin/python tools/bench_across.py OUT_DIR [--seeds 0,1,2] [--steps 200]
+    OPENBLAS_NUM_THREADS=1 .venv/bin/python tools/bench_across.py OUT_DIR [--seeds 0,1,2] [--steps 300]
 
 The teacher is the demo's, SmolLM2-135M-Instruct with 49,152 tokens, whose answers to CPython's text `bench_text` keeps.
 The student is a llama of 0.9 million parameters that begins from nothing, with a byte-level BPE of 1,024 tokens of its
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=113_000)
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from distill_trainer.texts import Texts
 from logitstore.alignment import spell
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.model import LoadedModel
+from logitstore.saved_maps import saved_vocabulary_map
 from logitstore.sequences import TokenSequence
 from logitstore.vocabulary import vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
@@ -53,19 +54,21 @@ class Crossing:
     """Carries a run's documents and losses over to a teacher with another tokenizer."""
 
     def __init__(self, config: TrainConfig, teachers: Teachers, student: LoadedModel, width: int) -> None:
-        """Map the vocabularies, and read the texts of the stores.
+        """Map the vocabularies, unless a store keeps the map, and read the texts of the stores.
 
         Args:
             width: columns of the student's head.
 
         Raises:
             CorruptStoreError: a store's bytes are not those that were written.
+            IncompatibleStoreError: it keeps a map of other tokenizers under the student's name.
         """
         assert teachers.recipe is not None
         self._teachers, self._recipe = teachers, teachers.recipe
         self._teacher = teachers.stores[0].vocabulary
         self._student = vocabulary_of(student.tokenizer)
-        self.map = map_vocabularies(self._teacher, self._student)
+        kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint())
+        self.map = map_vocabularies(self._teacher, self._student) if kept is None else kept
         self._naming = Naming.of(self.map, self._teacher, self._student, width)
         self._texts = Texts(teachers.stores, config.quiet)
         self.method: CrossVocab = config.cross_vocab
