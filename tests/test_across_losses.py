@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from distill_kernels import JSD, BucketLoss, LogisticRank, SampledLoss, SparseKL, WeightedLoss
+from distill_kernels import JSD, BucketLoss, Head, LogisticRank, SampledLoss, SparseKL, WeightedLoss
 from distill_kernels.merged import MergedLoss
 from distill_kernels.span import span_divergence
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from distill_trainer.spans import SpanLoss
 from tests.oracle import Floats, differences, log_softmax
 
 N, V, K = 3, 40, 6
@@ -160,3 +161,37 @@ def test_the_divergence_of_spans_has_the_scale_of_nats() -> None:
     y_t, y_s = mx.array([-2.0]), mx.array([-5.0])
     limit = -2.0 + 5.0 - 2.0 * np.log(5 / 2)
     assert span_divergence(y_t, y_s, 1e3).item() == pytest.approx(limit, rel=5e-3)
+
+
+def test_the_gradient_of_a_batchs_spans_is_that_of_differences() -> None:
+    """Through the sums over each span's rows; cross-entropy beside it; rows of no span take no part."""
+    rng = np.random.default_rng(5)
+    z = rng.normal(0, 2, (7, V))
+    labels, spans = rng.integers(0, V, 7), np.array([1, 1, 2, -1, 6, 6, 6])
+    y_t = np.where(spans == np.arange(7), -rng.exponential(3, 7), 0)
+    ct_kd, ct_ce = rng.normal(size=(2, 7))
+
+    def values(z: Floats) -> tuple[Floats, Floats]:
+        ce = -log_softmax(z)[np.arange(7), labels]
+        kd = np.zeros(7)
+        for last in (1, 2, 6):
+            y_s = -ce[spans == last].sum()
+            a, b = (np.exp((y - 1e-6) / 100) for y in (y_t[last], y_s))
+            kd[last] = 100 * (a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b)))
+        return kd, ce
+
+    whole = Head(None, reason="logits are given")  # type: ignore[arg-type]
+    given = [mx.array(labels.astype(np.int32)), mx.array(spans.astype(np.int32)), mx.array(y_t.astype(np.float32))]
+    loss = lambda z: list(SpanLoss().values(whole, z, *given))  # noqa: E731
+    found = loss(mx.array(z.astype(np.float32)))
+    for ours, expected in zip(found, values(z), strict=True):
+        np.testing.assert_allclose(np.array(ours), expected, rtol=2e-3, atol=2e-3)
+    cotangents = [mx.array(c.astype(np.float32)) for c in (ct_kd, ct_ce)]
+    dz = np.array(mx.vjp(loss, [mx.array(z.astype(np.float32))], cotangents)[1][0])
+
+    def total(z: Floats) -> float:
+        kd, ce = values(z)
+        return float(ct_kd @ kd + ct_ce @ ce)
+
+    places = [(n, v) for n in range(7) for v in range(V)]
+    np.testing.assert_allclose(dz.ravel(), differences(total, z, places), rtol=2e-3, atol=2e-3)

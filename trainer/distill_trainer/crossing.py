@@ -15,7 +15,7 @@ from distill_trainer.kinds import CrossVocab
 from distill_trainer.losses import AnyLoss, Term
 from distill_trainer.spans import SpanLoss, in_whole_spans
 from distill_trainer.texts import Texts
-from logitstore.alignment import spell
+from logitstore.alignment import spell, uncommon
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.model import LoadedModel
 from logitstore.saved_maps import saved_vocabulary_map
@@ -70,7 +70,8 @@ class Crossing:
         kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint())
         self.map = map_vocabularies(self._teacher, self._student) if kept is None else kept
         self._naming = Naming.of(self.map, self._teacher, self._student, width)
-        self._texts = Texts(teachers.stores, config.quiet)
+        self._without = uncommon(self._teacher, self._student)
+        self._texts = Texts(teachers.stores, self._without, config.quiet)
         self.method: CrossVocab = config.cross_vocab
 
     def over(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
@@ -83,14 +84,14 @@ class Crossing:
         return found
 
     def _over(self, sequence: TokenSequence, method: CrossVocab) -> TokenSequence:
-        own = spell(sequence.token_ids, self._student)
-        known = self._texts.find(own.text)
+        own = spell(sequence.token_ids, self._student, self._without)
+        known = self._texts.find(own)
         if known is None:
             return replace(sequence, asked=unknown_asked(len(sequence.token_ids), spans=method == "span"))
         if method == "span":
-            return replace(sequence, asked=span_asked(*known, own))
+            return replace(sequence, asked=span_asked(*known))
         unbiased = self._recipe.selection.unbiased
-        return replace(sequence, asked=mapped_asked(*known, own, self._naming, unbiased=unbiased))
+        return replace(sequence, asked=mapped_asked(*known, self._naming, unbiased=unbiased))
 
     def coverage(self, sequences: Sequence[TokenSequence], method: CrossVocab) -> Coverage:
         """What a method would teach of some documents."""

@@ -24,13 +24,16 @@ MOST_ALIKE = 64
 class Texts:
     """The documents of some stores with one tokenizer, by text."""
 
-    def __init__(self, stores: Sequence[Store], quiet: bool) -> None:
+    def __init__(self, stores: Sequence[Store], without: bytes, quiet: bool) -> None:
         """Read every document's tokens.
+
+        Args:
+            without: bytes that are left out of all texts.
 
         Raises:
             CorruptStoreError: a store's bytes are not those that were written.
         """
-        self._stores = stores
+        self._stores, self._without = stores, without
         self._places: defaultdict[bytes, list[tuple[int, int]]] = defaultdict(list)
         total = sum(map(len, stores))
         bar = tqdm(total=total, desc="read the store's texts", unit="doc", delay=1, leave=False, disable=quiet)
@@ -42,23 +45,26 @@ class Texts:
                         self._places[beginning].append((which, number))
                     bar.update()
 
-    def find(self, text: bytes) -> tuple[npt.NDArray[np.int32], Spelled] | None:
-        """The document with the longest beginning of a text, as the store's tokens; None where none begins like it.
+    def find(self, own: Spelled) -> tuple[npt.NDArray[np.int32], Spelled, Spelled] | None:
+        """The document with the longest beginning of a text: the store's tokens, how they spell it, and how the
+        student's do beside them; None where none begins like it.
 
         Raises:
             CorruptStoreError: a store's bytes are not those that were written.
         """
-        for beginning in reversed(list(_beginnings(text))):
-            places = self._places.get(beginning, [])[:MOST_ALIKE]
-            if places:
-                found = (self._read(*place) for place in places)
-                return max(found, key=lambda document: common_prefix(document[1].text, text))
+        for spelled in (own, own.after_space()):
+            for beginning in reversed(list(_beginnings(spelled.text))):
+                places = self._places.get(beginning, [])[:MOST_ALIKE]
+                if places:
+                    text = spelled.text
+                    found = (self._read(*place) for place in places)
+                    return *max(found, key=lambda document: common_prefix(document[1].text, text)), spelled
         return None
 
     def _read(self, which: int, number: int) -> tuple[npt.NDArray[np.int32], Spelled]:
         store = self._stores[which]
         token_ids = store.token_ids(number)
-        return token_ids, spell(token_ids, store.vocabulary)
+        return token_ids, spell(token_ids, store.vocabulary, self._without)
 
 
 def _beginnings(text: bytes) -> Iterator[bytes]:
