@@ -152,6 +152,6 @@ def test_a_store_of_one_temperature_refuses_a_schedule_before_the_student_is_loa
 
 def test_a_run_whose_temperature_or_t_moves_does_not_grow(world: World) -> None:
     plain = world.config(Path("o"), store=("s",))
-    assert not plain.spans_run and not replace(plain, temperature="2->2").spans_run
+    assert not plain.depends_on_iters and not replace(plain, temperature="2->2").depends_on_iters
     for options in ({"temperature": "4->1"}, {"progressive": True}, {"loss": ("kl", "taid=0.5")}):
-        assert replace(plain, **options).spans_run
+        assert replace(plain, **options).depends_on_iters

@@ -178,7 +178,7 @@ class Checkpoints:
 
     def _require_same(self, folder: Path, state: Mapping[str, Any], steps: int) -> None:
         now, was = json.loads(json.dumps(self._config.to_json())), state["config"]
-        free = _FREE if self._config.spans_run else _FREE | {"iters"}
+        free = _FREE if self._config.depends_on_iters else _FREE | {"iters"}
         if self._config.teacher is not None:
             free = free | {"on_miss"}  # says what follows when it is lost, and a run that lost it is to go on
         pairs = [(name, was.get(name), now.get(name)) for name in {**was, **now} if name not in free]

@@ -164,11 +164,16 @@ class TrainConfig:
         return None if typed is None else Schedule.parse(typed)
 
     @property
-    def spans_run(self) -> bool:
+    def loss_names(self) -> list[str]:
+        """The names in `loss`."""
+        return [Term.parse(text).name for text in self.loss]
+
+    @property
+    def depends_on_iters(self) -> bool:
         """Whether what a step learns depends on how many there will be."""
         schedules = self.alpha_schedule, self.temperature_schedule
         moving = any(schedule is not None and not schedule.constant for schedule in schedules)
-        return moving or any(Term.parse(text).name == "taid" for text in self.loss)
+        return moving or "taid" in self.loss_names
 
     @property
     def _moving(self) -> dict[str, str]:
@@ -181,6 +186,11 @@ class TrainConfig:
         """The measures of documents that the run chooses by."""
         named = [self.sample, self.curriculum]
         return [Condition.parse(text, "--filter").name for text in self.filter] + [name for name in named if name]
+
+    @property
+    def teacher_measures(self) -> list[str]:
+        """Those of `measures` that the teacher's answers tell; the length alone is the document's own."""
+        return [name for name in self.measures if name != "length"]
 
     @property
     def chooses(self) -> bool:
@@ -215,7 +225,7 @@ class TrainConfig:
 
     @property
     def slower(self) -> str:
-        """What to type against losses that are no numbers."""
+        """What to type where a loss or a weight is no finite number."""
         rate = f"type --learning-rate below {self.learning_rate:g}"
         return f"{rate if self.lr_schedule is None else 'write lower rates in lr_schedule'}, or type --max-grad-norm 1"
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, get_args
 
 from distill_trainer.kinds import AttentionKind, CrossVocab, FineTuneType, HiddenKind, OnMiss
 from distill_trainer.layer_map import LayerMap
-from distill_trainer.losses import Term
 from distill_trainer.mix import Mix
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.trackers import require_installed
@@ -55,20 +54,14 @@ def check(config: "TrainConfig") -> None:
     check_held_out(config)
     check_adapter(config)
     require_installed(config.report_to)
-    for name, kinds in (("fine_tune_type", FineTuneType), ("on_miss", OnMiss), ("cross_vocab", CrossVocab)):
-        value = getattr(config, name)
-        expected = "|".join(get_args(kinds))
-        _require(
-            value is None or value in get_args(kinds), f"{name} is {value}; type --{name.replace('_', '-')} {expected}"
-        )
+    check_kinds(config)
     check_misses(config)
 
 
 def check_losses(config: "TrainConfig") -> None:
     """`--loss`."""
     _require(bool(config.loss), "loss names none; type --loss kl")
-    names = [Term.parse(text).name for text in config.loss]
-    _require(names.count("taid") <= 1, "loss names taid twice, and a run has one t; type --loss taid once")
+    _require(config.loss_names.count("taid") <= 1, "loss names taid twice, and a run has one t; type --loss taid once")
 
 
 def check_schedules(config: "TrainConfig") -> None:
@@ -114,8 +107,8 @@ def check_choosing(config: "TrainConfig") -> None:
     if config.mix is not None:
         Mix.parse(config.mix)
     _require(
-        set(config.measures) <= {"length"} or (bool(config.store) and not config.write_back),
-        f"{', '.join(config.measures)} of a document is what a store knows before the run; "
+        not config.teacher_measures or (bool(config.store) and not config.write_back),
+        f"{', '.join(config.teacher_measures)} of a document is what a store knows before the run; "
         "type --store STORE, and not --write-back",
     )
 
@@ -134,9 +127,8 @@ def check_layers(config: "TrainConfig") -> None:
             f"{name}_weight is {weight}, expected a number above 0; type --{name}-weight 0.1, "
             f"or leave --{name}-loss out",
         )
-        usual = type(config).__dataclass_fields__[f"{name}_weight"].default
         _require(
-            kind is not None or weight == usual,
+            kind is not None or _are_default(config, f"{name}_weight"),
             f"--{name}-weight weighs a loss that is not given; type --{name}-loss {expected}",
         )
         _require(
@@ -179,8 +171,8 @@ def check_teachers(config: "TrainConfig") -> None:
         (config.hidden_loss is not None, "--hidden-loss", "hidden states are those of one"),
         (not config.distils, "--alpha 0", "no teacher is read with it"),
         (
-            combination.by == "mixture" and not set(config.measures) <= {"length"},
-            f"{', '.join(config.measures)} of a document",
+            combination.by == "mixture" and bool(config.teacher_measures),
+            f"{', '.join(config.teacher_measures)} of a document",
             "it is what one teacher says",
         ),
     ):
@@ -215,7 +207,7 @@ def check_weights(config: "TrainConfig") -> None:
         f"think_weight is {config.think_weight}, expected a number of at least 0; type --think-weight 2",
     )
     _require(
-        config.think_weight is not None or (config.think_start, config.think_end) == ("<think>", "</think>"),
+        config.think_weight is not None or _are_default(config, "think_start", "think_end"),
         "--think-start and --think-end say where thoughts are, and nothing weighs them; type --think-weight 2 too",
     )
     for flag, mark in (("--think-start", config.think_start), ("--think-end", config.think_end)):
@@ -250,7 +242,7 @@ def check_on_policy(config: "TrainConfig") -> None:
         "type --on-policy-temperature 1",
     )
     _require(
-        bool(config.on_policy) or (config.on_policy_temperature, config.on_policy_tokens) == (1.0, 128),
+        bool(config.on_policy) or _are_default(config, "on_policy_temperature", "on_policy_tokens"),
         "--on-policy-temperature and --on-policy-tokens say how the student completes prompts, and it completes "
         "none; type --on-policy 0.5 with them",
     )
@@ -323,6 +315,13 @@ def check_adapter(config: "TrainConfig") -> None:
     )
 
 
+def check_kinds(config: "TrainConfig") -> None:
+    """Fields that take one of several words."""
+    for name, kinds in (("fine_tune_type", FineTuneType), ("on_miss", OnMiss), ("cross_vocab", CrossVocab)):
+        value, known = getattr(config, name), get_args(kinds)
+        _require(value is None or value in known, f"{name} is {value}; type {_flag(name)} {'|'.join(known)}")
+
+
 def check_misses(config: "TrainConfig") -> None:
     """What is distilled from: `--store`, `--teacher`, `--on-miss`, `--write-back`."""
     _require(
@@ -355,6 +354,11 @@ def check_misses(config: "TrainConfig") -> None:
         "--write-back keeps a teacher's answers in a store; "
         "type --store STORE, --teacher T and an --alpha above 0 with it",
     )
+
+
+def _are_default(config: "TrainConfig", *names: str) -> bool:
+    fields = type(config).__dataclass_fields__
+    return all(getattr(config, name) == fields[name].default for name in names)
 
 
 def _flag(name: str) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from distill_trainer.combine import Teachers, in_order
 from distill_trainer.config import TrainConfig
-from distill_trainer.losses import Term
 from distill_trainer.objective import Objective
 from distill_trainer.targets import TargetSource
 from distill_trainer.temperatures import spaced
@@ -41,22 +40,22 @@ def open_stores(config: TrainConfig) -> Teachers:
     for store in stores:
         manifest = store.manifest
         manifest.require_compatible(replace(manifest, prompt_template=config.teacher_template), store.path)
-        if config.entropy_weight and "entropy" in store.manifest.unknown:
+        if config.entropy_weight and "entropy" in manifest.unknown:
             raise IncompatibleStoreError(
-                f"{store.path} was imported from {store.manifest.imported}, which keeps no entropy, expected one to "
+                f"{store.path} was imported from {manifest.imported}, which keeps no entropy, expected one to "
                 "weigh positions by; leave --entropy-weight out, or `logitstore build` a store"
             )
     teachers = combination.over(stores)
     for store in stores if combination.several else stores[:1]:
         recipe = store.manifest.recipe
-        Objective(config, recipe, str(store.path))
+        Objective(config, recipe, str(store.path))  # raises where the store does not serve the losses
         if config.select is not None and Selection.parse(config.select) != recipe.selection:
             raise ConfigError(
                 f"{store.path} was built with --select {recipe.selection}, this run asks for {config.select}; "
                 f"leave --select out, or type `logitstore build --select {config.select}` for another store"
             )
     if combination.several and teachers.recipe is not None:
-        combination.require_losses([Term.parse(text).name for text in config.loss], teachers.recipe)
+        combination.require_losses(config.loss_names, teachers.recipe)
         Objective(config, teachers.recipe, combination.named)
     return teachers
 
@@ -87,8 +86,8 @@ def target_source(
     """
     fingerprint = vocabulary_of(tokenizer).fingerprint()
     stores, recipe = teachers.stores, teachers.recipe
-    for store in stores:
-        if not crosses:
+    if not crosses:
+        for store in stores:
             require_same_tokenizer(store, fingerprint, config.student)
     if config.teacher is None:
         assert recipe is not None  # the config sees to it
