@@ -64,12 +64,11 @@ class Naming:
         Args:
             unbiased: they are a sample; else truncated.
         """
-        known = targets.ids < len(self.student_ids)
-        ids = np.where(known, self.student_ids[np.where(known, targets.ids, 0)], -1)
-        named = ids >= 0
+        names = self._names_of(targets.ids)
+        named = names >= 0
         weights = targets.weights.astype(np.float64)
         lost = np.where(named, 0, weights).sum(axis=1)
-        ids, weights = np.where(named, ids, 0), np.where(named, weights, 0)
+        names, weights = np.where(named, names, 0), np.where(named, weights, 0)
         log_tail = targets.log_tail_mass
         to_cell = lost if unbiased and self.cell is not None else np.zeros(len(targets))
         if not unbiased:
@@ -77,7 +76,7 @@ class Naming:
                 log_tail = np.log(np.exp(log_tail.astype(np.float64)) + lost).astype(np.float32)
         cell = np.full((len(targets), 1), self.cell or 0)
         ids, weights = summed_by_id(
-            np.concatenate([ids, cell], axis=1).astype(np.uint32), np.concatenate([weights, to_cell[:, None]], axis=1)
+            np.concatenate([names, cell], axis=1).astype(np.uint32), np.concatenate([weights, to_cell[:, None]], axis=1)
         )
         return replace(
             targets,
@@ -89,14 +88,17 @@ class Naming:
         )
 
     def named_mass(self, targets: SparseTargets) -> npt.NDArray[np.float64]:
-        """Share of each position's kept weights that have a name: [P]."""
-        known = targets.ids < len(self.student_ids)
-        named = known & (self.student_ids[np.where(known, targets.ids, 0)] >= 0)
+        """Share of each position's kept weights that have a name: float64 [P]."""
         weights = targets.weights.astype(np.float64)
-        return np.asarray(np.where(named, weights, 0).sum(axis=1) / weights.sum(axis=1))
+        return np.asarray(np.where(self._names_of(targets.ids) >= 0, weights, 0).sum(axis=1) / weights.sum(axis=1))
+
+    def _names_of(self, token_ids: npt.NDArray[np.integer]) -> Ints:
+        """The student's ids, of any shape; -1 for a token without a name and for padding of the teacher's head."""
+        known = token_ids < len(self.student_ids)
+        return np.where(known, self.student_ids[np.where(known, token_ids, 0)], -1).astype(np.int32)
 
     def loss(self, loss: LogitsLoss | WeightedLoss, *, unbiased: bool) -> LogitsLoss | WeightedLoss | MergedLoss:
-        """The loss of such targets."""
+        """The loss of targets that `renamed` has made, in place of the loss of the teacher's own."""
         if not unbiased or self.cell is None:
             return loss
         return MergedLoss(loss, mx.array(self.unnamed), self.cell)
@@ -110,8 +112,8 @@ class MappedAsked(Asked):
     unbiased: bool
 
     def shifted(self, targets: SparseTargets) -> SparseTargets:
-        """The teacher's answer at the student's positions by the student's names; what it is where they do not meet
-        nobody reads.
+        """The teacher's answer at the student's positions, by the student's names; nobody reads it where they do not
+        meet.
         """
         return self.naming.renamed(super().shifted(targets), unbiased=self.unbiased)
 
@@ -133,13 +135,16 @@ class SpanAsked(Asked):
 
 
 def mapped_asked(token_ids: Ints, other: Spelled, own: Spelled, naming: Naming, *, unbiased: bool) -> MappedAsked:
-    """A document of L of the student's tokens for `mapped`.
+    """What `mapped` asks for a document that the student reads as L tokens.
 
     Args:
-        token_ids, other: the teacher's.
+        token_ids: int32 [M]; the teacher's.
+        other: the text that those spell.
+        own: the text that the student's spell.
+        unbiased: the teacher's targets are a sample; else truncated.
     """
     met = meetings(own, other)
-    positions = _never_falling(met, own, other)
+    positions = _never_falling(np.maximum(met[:-1], 0), own, other)
     return MappedAsked(token_ids, positions, taught=met[:-1] >= 0, naming=naming, unbiased=unbiased)
 
 
@@ -153,8 +158,7 @@ def span_asked(token_ids: Ints, other: Spelled, own: Spelled) -> SpanAsked:
         spans[first:end] = end - 1
         positions[first:end] = met[end] - 1
         starts[end - 1] = met[first]
-    beyond = own.ends[:-1] > common_prefix(own.text, other.text)
-    positions = np.maximum.accumulate(np.where(beyond, NOWHERE, positions)).astype(np.int32)
+    positions = _never_falling(positions, own, other)
     return SpanAsked(token_ids, positions, taught=spans >= 0, spans=spans, starts=starts)
 
 
@@ -169,7 +173,7 @@ def unknown_asked(length: int, *, spans: bool) -> Asked:
     )
 
 
-def _never_falling(met: Ints, own: Spelled, other: Spelled) -> Ints:
+def _never_falling(positions: Ints, own: Spelled, other: Spelled) -> Ints:
     """[L - 1]; the last of the teacher's positions that is needed up to each of the student's."""
     beyond = own.ends[:-1] > common_prefix(own.text, other.text)
-    return np.maximum.accumulate(np.where(beyond, NOWHERE, np.maximum(met[:-1], 0))).astype(np.int32)
+    return np.maximum.accumulate(np.where(beyond, NOWHERE, positions)).astype(np.int32)

@@ -166,7 +166,7 @@ def collate(
             "log_tail_mass": np.zeros(n, np.float32),
         }
         if target is not None:
-            own = slice(target.ids.shape[1])  # another teacher's may be wider
+            own = slice(target.ids.shape[1])  # another document's store may keep more
             part["ids"][answered, own], part["weights"][answered, own] = target.ids[at], target.weights[at]
             part["log_tail_mass"][answered] = target.log_tail_mass[at]
             if target.log_probs is not None:

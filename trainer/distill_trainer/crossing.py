@@ -12,10 +12,11 @@ from distill_trainer.across import NOWHERE, Naming, mapped_asked, span_asked, un
 from distill_trainer.combine import LINEAR, Teachers
 from distill_trainer.config import TrainConfig
 from distill_trainer.kinds import CrossVocab
-from distill_trainer.losses import AnyLoss, Term
+from distill_trainer.losses import AnyLoss
 from distill_trainer.spans import SpanLoss, in_whole_spans
 from distill_trainer.texts import Texts
 from logitstore.alignment import spell, uncommon
+from logitstore.asked import Asked
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.model import LoadedModel
 from logitstore.saved_maps import saved_vocabulary_map
@@ -76,29 +77,29 @@ class Crossing:
 
     def over(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
         """The documents with what the teacher reads in their place; which of them no store knows is said."""
-        found = [self._over(sequence, self.method) for sequence in sequences]
-        unknown = [s.where for s in found if s.asked is not None and s.asked.positions[0] == NOWHERE]
+        asked = [self._asked(sequence, self.method) for sequence in sequences]
+        unknown = [s.where for s, its in zip(sequences, asked, strict=True) if its.positions[0] == NOWHERE]
         if unknown:
             named = ", ".join(unknown[:NAMED]) + (", ..." if len(unknown) > NAMED else "")
-            say(f"{len(unknown):,} of {len(found):,} documents have a text that no store begins with: {named}")
-        return found
+            say(f"{len(unknown):,} of {len(sequences):,} documents have a text that no store begins with: {named}")
+        return [replace(sequence, asked=its) for sequence, its in zip(sequences, asked, strict=True)]
 
-    def _over(self, sequence: TokenSequence, method: CrossVocab) -> TokenSequence:
+    def _asked(self, sequence: TokenSequence, method: CrossVocab) -> Asked:
+        """What the teacher reads in place of a document."""
         own = spell(sequence.token_ids, self._student, self._without)
         known = self._texts.find(own)
         if known is None:
-            return replace(sequence, asked=unknown_asked(len(sequence.token_ids), spans=method == "span"))
+            return unknown_asked(len(sequence.token_ids), spans=method == "span")
         if method == "span":
-            return replace(sequence, asked=span_asked(*known))
-        unbiased = self._recipe.selection.unbiased
-        return replace(sequence, asked=mapped_asked(*known, self._naming, unbiased=unbiased))
+            return span_asked(*known)
+        return mapped_asked(*known, self._naming, unbiased=self._recipe.selection.unbiased)
 
     def coverage(self, sequences: Sequence[TokenSequence], method: CrossVocab) -> Coverage:
         """What a method would teach of some documents."""
         trained, taught, masses = 0, 0, [np.empty(0)]
         for sequence in sequences:
-            asked = self._over(sequence, method).asked
-            assert asked is not None and asked.taught is not None
+            asked = self._asked(sequence, method)
+            assert asked.taught is not None
             positions = np.flatnonzero(sequence.trained)
             trained += len(positions)
             found = self._teachers.of(sequence).get(asked.token_ids)
@@ -126,13 +127,12 @@ class Crossing:
         Raises:
             IncompatibleStoreError: it is not.
         """
-        names = [Term.parse(text).name for text in config.loss]
         if self.method == "span" and config.loss != ("kl",):
             raise IncompatibleStoreError(
                 f"--cross-vocab span has a loss of its own, and --loss names {', '.join(config.loss)}; leave --loss "
                 "out, or type --cross-vocab mapped"
             )
-        if self.method == "mapped" and self._recipe.selection.unbiased and not set(names) <= set(LINEAR):
+        if self.method == "mapped" and self._recipe.selection.unbiased and not set(config.loss_names) <= set(LINEAR):
             raise IncompatibleStoreError(
                 f"--loss {', '.join(config.loss)} is not served across tokenizers by a sample "
                 f"({self._recipe.selection}); type `logitstore build --select top-k:50` for another store, or --loss kl"
@@ -206,8 +206,8 @@ def require_crossable(config: TrainConfig, teachers: Teachers, student_fingerpri
         (config.teacher is not None, "--teacher"),
         (config.combination.several, "--store of several teachers"),
         (config.hidden_loss is not None, "--hidden-loss"),
-        (not set(config.measures) <= {"length"}, f"{', '.join(config.measures)} of a document"),
-        (config.teacher_template != config.student_template, "--teacher-prompt-template"),
+        (bool(config.teacher_measures), f"{', '.join(config.teacher_measures)} of a document"),
+        (config.teacher_template != config.student_template, "a prompt of the teacher's own"),
     ):
         if given:
             raise ConfigError(

@@ -12,13 +12,12 @@ from distill_trainer.spans import SpanLoss
 
 
 def loss_values(head: distill_kernels.Head, losses: AnyLoss, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Return (distillation loss, cross-entropy) of a batch's rows, [N] each."""
-    constants = [getattr(batch, name) for name in losses.names]
+    """Return (distillation loss, cross-entropy) of a batch's rows, float32 [N] each."""
     out = outputs(head, batch)
     if isinstance(losses, SpanLoss):
         assert batch.spans is not None and batch.span_log_prob is not None
         return losses.values(head, out, batch.labels, batch.spans, batch.span_log_prob)
-    loss = on_tier(losses)
+    loss, constants = on_tier(losses), [getattr(batch, name) for name in losses.names]
     kd, ce = loss(out, *constants) if head.reason else distill_kernels.chunked(loss, out, head, constants)
     return kd, ce
 

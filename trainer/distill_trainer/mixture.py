@@ -32,7 +32,7 @@ def mixed(answers: Sequence[SparseTargets], shares: Sequence[float], *, unbiased
 
     Returns:
         [min P_i, sum k_i]; ids ascending within a row, the unused places after them with weight 0. `entropy` is the
-        mean of the teachers' own by their shares, which the mixture's is no less than.
+        teachers' own, averaged by their shares; the mixture's real one is that or more.
     """
     rows = slice(min(map(len, answers)))
     answers = [answer.rows(rows) for answer in answers]
@@ -41,14 +41,17 @@ def mixed(answers: Sequence[SparseTargets], shares: Sequence[float], *, unbiased
         [share * answer.weights.astype(np.float64) for share, answer in zip(shares, answers, strict=True)], axis=1
     )
     ids, weights = summed_by_id(ids, weights)
-    nothing = np.zeros(len(ids))
-    tail = nothing + 1 if unbiased else _weighed(shares, [np.exp(answer.log_tail_mass) for answer in answers])
+    if unbiased:
+        tail, head_count = np.ones(len(ids)), np.zeros(len(ids))
+    else:
+        tail = _weighed(shares, [np.exp(answer.log_tail_mass) for answer in answers])
+        head_count = np.count_nonzero(weights, axis=1)
     with np.errstate(divide="ignore"):
         return SparseTargets(
             positions=answers[0].positions,
             ids=ids,
             weights=weights.astype(np.float32),
-            head_count=(nothing if unbiased else np.count_nonzero(weights, axis=1)).astype(np.int32),
+            head_count=head_count.astype(np.int32),
             log_tail_mass=np.log(tail).astype(np.float32),
             label_log_prob=np.log(_weighed(shares, [np.exp(answer.label_log_prob) for answer in answers])).astype(
                 np.float32

@@ -5,7 +5,7 @@ each. A span is a row of consecutive positions of a document; its loss stands at
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import distill_kernels
 from distill_kernels.row_loss import Autodiff
@@ -26,7 +26,7 @@ def in_whole_spans(spans: Ints, answered: Ints, positions: Ints) -> npt.NDArray[
 
     Args:
         spans: [L - 1]; the last position of the span that each belongs to, -1 for none.
-        answered: positions that are trained and answered.
+        answered: [m], the positions that are trained and answered.
         positions: [n], those that are asked about.
     """
     sizes, there = (np.bincount(some[some >= 0], minlength=len(spans)) for some in (spans, spans[answered]))
@@ -40,10 +40,10 @@ def span_rows(
     """The columns `spans` and `span_log_prob` of a batch's rows that are these positions of a document.
 
     Args:
-        spans: as above.
+        spans: [L - 1]; see `in_whole_spans`.
         positions: [n], rising.
-        answered: [n]; in whole spans alone.
-        target: its label_log_prob is the span's at the span's last position.
+        answered: [n]; only of whole spans.
+        target: at a span's last position its label_log_prob is the whole span's. None: nobody answers.
         first: number of the first of these rows in the batch.
     """
     last = np.searchsorted(positions, spans[positions])
@@ -57,8 +57,6 @@ def span_rows(
 @dataclass(frozen=True)
 class SpanLoss:
     """`span_divergence` of a batch's spans, at the last row of each, and cross-entropy: like a row loss of all rows."""
-
-    names: ClassVar = ("labels",)
 
     def values(
         self, head: distill_kernels.Head, hidden: mx.array, labels: mx.array, spans: mx.array, log_prob: mx.array

@@ -16,9 +16,9 @@ from logitstore.alignment import Spelled, common_prefix, spell
 from logitstore.contract import Store
 
 FIRST = 16
-"""Bytes of the shortest beginning that is looked up; the next is four times as long, and so on."""
+"""Bytes of the shortest beginning that is looked up; each further one is four times as long."""
 MOST_ALIKE = 64
-"""Documents that begin alike of which so many are looked at."""
+"""Of documents that begin alike, so many are compared with the text that is looked up."""
 
 
 class Texts:
