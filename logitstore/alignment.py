@@ -15,6 +15,7 @@ import numpy.typing as npt
 from logitstore.vocabulary import Vocabulary
 
 END = b"\xff"
+WHITESPACE = b" \t\n\v\f\r"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,18 +26,16 @@ class Spelled:
     ends: npt.NDArray[np.int64]
     """[L]; bytes of the text up to the end of each token, never falling."""
     spaced: bool = False
-    """Whether what follows a BOS is spelled with a space that is not in the text, or is without in the other's."""
+    """Whether the space before the first token of text is no part of the text: `spell` took one off that the tokenizer
+    puts there, or `after_space` put one on that another tokenizer's token has."""
 
     def after_space(self) -> "Spelled":
         """The same text behind a space, which some teachers' first tokens have."""
         return replace(self, text=b" " + self.text, ends=np.where(self.ends > 0, self.ends + 1, 0), spaced=True)
 
 
-WHITESPACE = b" \t\n\v\f\r"
-
-
 def uncommon(one: Vocabulary, other: Vocabulary) -> bytes:
-    """The bytes that one of two tokenizers passes over, so that texts are to be compared without them."""
+    """The bytes that at least one of two tokenizers passes over: their texts are compared without them."""
     lost = set(one.lost_bytes) | set(other.lost_bytes)
     if one.drops_whitespace or other.drops_whitespace:
         lost |= set(WHITESPACE)

@@ -54,11 +54,13 @@ class Coverage:
     """What a map does for a store."""
 
     teacher: str
+    """Its tokenizer's fingerprint, as the student's below."""
     student: str
     teacher_tokens: int
     """Ids that have a token; the counts below are of these."""
     student_tokens: int
     by_bytes: int
+    """Tokens of text, mapped to one of the same bytes."""
     by_role: int
     """Special tokens, mapped to special ones of the same content or role."""
     spelled: int

@@ -157,7 +157,7 @@ def is_map_folder(name: str) -> bool:
 
 
 def map_problems(files: Files, folder: str, tokenizer: TokenizerIdentity) -> tuple[set[str], list[Problem]]:
-    """The files of a map, and what is wrong with them, for `verify`."""
+    """The files of a map by their paths in the store, and what is wrong with them, for `verify`."""
     group = f"{folder}/{GROUP}"
     try:
         entry = _Entry.read(files, folder, "")
@@ -177,7 +177,11 @@ def map_problems(files: Files, folder: str, tokenizer: TokenizerIdentity) -> tup
 
 
 def remove_map(store: Path, folder: str) -> None:
-    """Take a map out of a store's folder."""
+    """Take a map out of a store's folder.
+
+    Raises:
+        OSError: no permission.
+    """
     old = store / ".partial-removed-map"
     with alone_in(store):
         shutil.rmtree(old, ignore_errors=True)
@@ -235,9 +239,8 @@ class _Entry:
             raise _damaged(where, GROUP) from error
         counts = ((entry.student_size, MOST_TOKENS), (entry.links, MOST_LINKS))
         texts = isinstance(entry.teacher, str) and isinstance(entry.student, str)
-        if not (texts and all(type(n) is int and 0 <= n <= most for n, most in counts)):
-            raise _damaged(where, GROUP)
-        if not are_file_entries(entry.files):
+        sizes = all(type(n) is int and 0 <= n <= most for n, most in counts)
+        if not (texts and sizes and are_file_entries(entry.files)):
             raise _damaged(where, GROUP)
         return entry
 
@@ -255,8 +258,7 @@ class _Entry:
         for problem in file_problems(self.at, self.folder, self.files):
             raise _damaged(self.where, problem.file)
         try:
-            ids, lengths = self._array("ids", teacher_size), self._array("link-lengths", teacher_size)
-            links = self._array("link-ids", self.links)
+            ids, lengths, links = (self._array(*named) for named in self._sizes(teacher_size).items())
         except (OSError, ValueError) as error:
             raise _damaged(self.where, str(error)) from error
         known = (ids < self.student_size) | (ids == _NO_TOKEN)
@@ -276,11 +278,15 @@ class _Entry:
         """Arrays of which Zarr would read something else than we do."""
         from logitstore.zarr_arrays import problem_of
 
-        for name, size in {"ids": teacher_size, "link-lengths": teacher_size, "link-ids": self.links}.items():
+        for name, size in self._sizes(teacher_size).items():
             array = f"{self.folder}/{name}"
             fault = problem_of(read_group(self.at, array), (4, size), "uint8")
             if fault:
                 yield Problem(f"{array}/{GROUP}", fault)
+
+    def _sizes(self, teacher_size: int) -> dict[str, int]:
+        """How many numbers each array has."""
+        return {"ids": teacher_size, "link-lengths": teacher_size, "link-ids": self.links}
 
     def _array(self, name: str, size: int) -> npt.NDArray[Any]:
         data = unpack(self.at.read(f"{self.folder}/{name}/{FILE}"), 4 * size) if size else np.empty(0, np.uint8)

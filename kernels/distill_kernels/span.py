@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 TAU = 100.0
-"""The paper's temperature of likelihoods."""
+"""What likelihoods are tempered by in the paper that `span_divergence` names."""
 BELOW = 1e-6
 """Nats that both log-likelihoods are lowered by, so that neither is 0."""
 
@@ -14,16 +14,19 @@ def span_divergence(teacher: mx.array, student: mx.array, tau: float = TAU) -> m
         a = exp((y_T - 1e-6) / tau),   b = exp((y_S - 1e-6) / tau)
         tau · (a log(a / b) + (1 - a) log((1 - a) / (1 - b)))
 
-    the KL of two coins: whether the span is what comes next or not. As tau grows it becomes y_T - y_S + y_T log(y_S /
-    y_T), which has its scale, nats of the span.
+    the KL of two coins: whether the span is what comes next or not. As tau grows it tends to
+
+        y_T - y_S + y_T log(y_S / y_T),
+
+    so it is in nats of the span.
 
     Args:
-        teacher: [S]; y_T, the sum of the teacher's log-probabilities of a span's tokens. A constant.
-        student: [S]; y_S, the same of the student.
+        teacher: float32 [S]; y_T, the sum of the teacher's log-probs of a span's tokens. A constant.
+        student: float32 [S]; y_S, the same of the student.
         tau: above 0.
 
     Reference: Minixhofer et al., "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching", 2025,
-    which multiplies by nothing.
+    without the factor tau.
     """
     log_a, log_b = ((mx.minimum(y, 0) - BELOW) / tau for y in (mx.stop_gradient(teacher), student))
     a = mx.exp(log_a)

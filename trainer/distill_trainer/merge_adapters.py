@@ -36,9 +36,12 @@ class Merged:
     """What was merged."""
 
     weights: tuple[float, ...]
+    """One an adapter."""
     rank: int
     layers: int
+    """How many are adapted."""
     base: str | None
+    """The model that the adapters name; None where none names one."""
 
 
 def merge_adapters(adapters: Sequence[str], out: Path) -> Merged:
@@ -54,9 +57,7 @@ def merge_adapters(adapters: Sequence[str], out: Path) -> Merged:
     require_new(out)
     read = [read_adapter(path) for path in paths]
     base = _one_base(read)
-    rank = max(
-        sum(one.rank for one in read if name in one.factors) for name in {name for one in read for name in one.factors}
-    )
+    rank = max(sum(one.rank for one in read if name in one.factors) for name in _adapted(read))
     scale = max((one.scale for one in read), key=abs) or 1.0
     tensors = _tensors(read, weights, rank, scale)
     num_layers, keys = _where(read)
@@ -102,6 +103,11 @@ def _weight(text: str, path: str) -> float:
     return weight
 
 
+def _adapted(adapters: Sequence[Adapter]) -> set[str]:
+    """The names of all layers that some adapter adapts."""
+    return {name for one in adapters for name in one.factors}
+
+
 def _one_base(adapters: Sequence[Adapter]) -> str | None:
     """The base that they name, which is the same by name or by content; None where none names one."""
     named = [(one.path, one.settings["model"]) for one in adapters if isinstance(one.settings.get("model"), str)]
@@ -129,7 +135,7 @@ def _same_files(one: Path, other: Path) -> bool:
 def _tensors(adapters: Sequence[Adapter], weights: Sequence[float], rank: int, scale: float) -> dict[str, np.ndarray]:
     """The merged factors by the names of their tensors; what is missing to the rank is zero."""
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted({name for one in adapters for name in one.factors}):
+    for name in sorted(_adapted(adapters)):
         of = [
             (one, weight, one.factors[name])
             for one, weight in zip(adapters, weights, strict=True)
@@ -174,10 +180,10 @@ def _side_by_side(parts: Sequence[np.ndarray], axis: int, rank: int) -> np.ndarr
 def _where(adapters: Sequence[Adapter]) -> tuple[int, list[str] | None]:
     """`num_layers` and `keys` that make mlx-lm adapt just the layers that some adapter adapts.
 
-    Those of an adapter that adapts all of them. Where none does, every layer by its full name, which mlx-lm takes for a
-    key too: the last 2 layers' q_proj and the last layer's v_proj are no product of layers and keys.
+    They are those of an adapter that adapts all of these, where there is one. Else the keys are the layers' full names,
+    which mlx-lm takes too: no number of layers and keys say "q_proj of the last two, v_proj of the last".
     """
-    names = {name for one in adapters for name in one.factors}
+    names = _adapted(adapters)
     for one in adapters:
         if one.factors.keys() == names:
             return one.settings["num_layers"], one.settings["lora_parameters"].get("keys")
