@@ -19,6 +19,8 @@ from distill_trainer.across import Naming, mapped_asked, span_asked
 from distill_trainer.batches import Weighing, collate
 from distill_trainer.combine import in_order
 from distill_trainer.crossing import crossing_of
+from distill_trainer.loss_values import loss_values
+from distill_trainer.spans import SpanLoss
 from distill_trainer.train import train
 from logitstore.alignment import spell
 from logitstore.documents import read_documents
@@ -173,7 +175,8 @@ def test_a_span_has_the_likelihood_of_the_teachers_tokens_in_it(world: World) ->
 
 
 @pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
-def test_between_identical_tokenizers_mapped_is_the_ordinary_loss_bit_for_bit(world: World, select: str) -> None:
+def test_between_identical_tokenizers_mapped_gives_the_ordinary_batch_bit_for_bit(world: World, select: str) -> None:
+    """But for the order of a row's entries."""
     vocabulary = vocabulary_of(tiny_tokenizer())
     same = Naming.of(map_vocabularies(vocabulary, vocabulary), vocabulary, vocabulary, 384)
     assert same.cell is None
@@ -187,17 +190,15 @@ def test_between_identical_tokenizers_mapped_is_the_ordinary_loss_bit_for_bit(wo
     ]
     carried = [s.own(t) for s, t in zip(across, targets, strict=True)]
     batches = [collate(plain, targets, Weighing(0.9, "error")), collate(across, carried, Weighing(0.9, "error"))]
-    head = distill_kernels.split_head(load_model(world.student).model)
     found = []
     for batch in batches:
         assert batch is not None
-        logits = head.model(batch.tokens)[0 : len(batch.tokens)].reshape(-1, 384)[batch.rows]
         by_id = np.argsort(np.where(np.array(batch.weights) > 0, np.array(batch.ids).astype(np.int64), 1 << 40), axis=1)
         ids, weights = (np.take_along_axis(np.array(a), by_id, axis=1) for a in (batch.ids, batch.weights))
         k = 16 if select == SAMPLE else 50
-        found.append(
-            (ids[:, :k] * (weights[:, :k] > 0), weights[:, :k], np.array(batch.log_tail_mass), np.array(logits))
-        )
+        assert (weights[:, k:] == 0).all()
+        columns = (np.array(getattr(batch, name)) for name in ("rows", "labels", "log_tail_mass", "kd_weight"))
+        found.append((ids[:, :k] * (weights[:, :k] > 0), weights[:, :k], *columns))
     for one, two in zip(*found, strict=True):
         np.testing.assert_array_equal(one, two)
 
@@ -262,9 +263,6 @@ def test_a_span_of_the_batch_adds_up_the_students_rows(world: World) -> None:
     store = open_store(path(world, SAMPLE))
     student = load_model(other(world))
     head = distill_kernels.split_head(student.model)
-    from distill_trainer.loss_values import loss_values
-    from distill_trainer.spans import SpanLoss
-
     chosen, targets, expected = [], [], []
     for one, its in pairs(world)[:3]:
         own = spell(one.token_ids, vocabulary_of(its_own()))
@@ -380,6 +378,20 @@ def test_what_does_not_go_across_is_refused(
     with pytest.raises(kind, match=expected):
         world.train(tmp_path / "o", student=str(other(world)), store=(str(path(world, SAMPLE)),), **options)
     assert not (tmp_path / "o").exists()
+
+
+def test_across_a_sample_serves_linear_losses_alone_though_it_keeps_its_tail(world: World, tmp_path: Path) -> None:
+    world.build(tmp_path / "tails.zarr", select=SAMPLE, tail_log_probs=True)
+    options = {"student": str(other(world)), "store": (f"{tmp_path}/tails.zarr",), "min_coverage": 0.1}
+    with pytest.raises(IncompatibleStoreError, match="--loss jsd is not served across tokenizers by a sample"):
+        world.train(tmp_path / "o", **options, loss=("jsd",), cross_vocab="mapped")
+
+
+def test_a_prompt_of_the_students_own_does_not_go_across(world: World, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": text[:9], "completion": text[9:]} for text in CORPUS])
+    options = {"student": str(other(world)), "store": (str(path(world, SAMPLE)),), "dataset": str(tmp_path)}
+    with pytest.raises(ConfigError, match="a prompt of the teacher's own needs the teacher's"):
+        world.train(tmp_path / "o", **options, student_prompt_template="Q: {input}")
 
 
 @pytest.mark.parametrize("method", ["mapped", "span"])

@@ -24,7 +24,11 @@ LEFT: dict[str, tuple[list[str], list[tuple[str, str]], list[str]]] = {
     "self_distillation": ([], [("TEACHER", "first"), ("TEACHER", "second")], ["first.zarr"]),
     "draft_model": (["untrained", "draft"], [], ["teacher.zarr"]),
     "teacher_lora": (["untrained", "plain", "student"], [("TEACHER", "lora")], ["plain.zarr", "adapted.zarr"]),
-    "merged_adapters": (["untrained"], [("untrained", name) for name in ("odd", "even", "merged")], ["teacher.zarr"]),
+    "merged_adapters": (
+        ["untrained"],
+        [("untrained", name) for name in ("odd", "even", "whole", "merged")],
+        ["teacher.zarr"],
+    ),
 }
 """Of each recipe: its models, its adapters with their bases, its stores."""
 
