@@ -47,6 +47,7 @@ LENGTH = 256
 """Of the student's tokens."""
 METHODS = ("cross-entropy", "mapped", "span")
 ALPHA = 0.5
+BATCH_SIZE = 8
 
 
 def main() -> None:
@@ -73,7 +74,8 @@ def main() -> None:
             config = config_of(taught, folder, student, method, seed, arguments.steps)
             shutil.rmtree(config.out, ignore_errors=True)
             report = train(config)
-            bits = bits_per_byte(load_model(config.out), held_out(folder, load_model(config.out)))
+            trained = load_model(config.out)
+            bits = bits_per_byte(trained, held_out(folder, trained))
             step_s = report.elapsed_s / report.steps
             done.append({"method": method, "seed": seed, "steps": arguments.steps, "bits": bits, "step_s": step_s})
             with runs.open("a") as file:
@@ -124,9 +126,9 @@ def config_of(taught: Taught, folder: Path, student: Path, method: str, seed: in
     own: dict[str, Any] = {"alpha": 0.0} if method == "cross-entropy" else {"alpha": ALPHA, **distils}
     return TrainConfig(
         student=str(student), dataset=str(folder / "train.jsonl"), out=str(folder / f"{method}-{seed}"),
-        fine_tune_type="full", iters=steps, batch_size=8, max_seq_length=LENGTH, learning_rate=3e-3, max_grad_norm=1.0,
-        lr_schedule={"name": "cosine_decay", "arguments": [3e-3, steps], "warmup": steps // 10}, seed=seed, quiet=True,
-        **own,
+        fine_tune_type="full", iters=steps, batch_size=BATCH_SIZE, max_seq_length=LENGTH, learning_rate=3e-3,
+        lr_schedule={"name": "cosine_decay", "arguments": [3e-3, steps], "warmup": steps // 10}, max_grad_norm=1.0,
+        seed=seed, quiet=True, **own,
     )  # fmt: skip
 
 
@@ -136,7 +138,7 @@ def held_out(folder: Path, student: LoadedModel) -> list[TokenSequence]:
 
 
 def bits_per_byte(student: LoadedModel, sequences: Sequence[TokenSequence]) -> float:
-    """-log2 of a student's probability of what it is asked to foretell, for each byte of that."""
+    """-log2 of a student's probability of the tokens that it predicts, over the bytes of those."""
     vocabulary, nats, size = vocabulary_of(student.tokenizer), 0.0, 0
     student.model.eval()
     for sequence in sequences:
@@ -149,7 +151,7 @@ def bits_per_byte(student: LoadedModel, sequences: Sequence[TokenSequence]) -> f
 
 
 def crossing_costs(taught: Taught, folder: Path, steps: int) -> dict[str, float]:
-    """Seconds of mapping, of aligning a document, and of carrying a batch's targets over."""
+    """Seconds: to map the vocabularies and read the store's texts, to align a document, to carry a batch over."""
     config = config_of(taught, folder, folder / "student-0", "mapped", 0, steps)
     teachers, student = open_stores(config), load_model(folder / "student-0")
     sequences = list(tokenize(read_documents(config.dataset), student.tokenizer, LENGTH))
@@ -181,8 +183,9 @@ def found(runs: Sequence[dict[str, Any]], teacher_bits: float, costs: dict[str, 
             (method, _mean(values), "" if method == "cross-entropy" else _mean(nearer, signed=True), str(len(values)))
         )
     remark = (
-        f"{steps} steps of 8 documents of at most {LENGTH} tokens, alpha {ALPHA} (cross-entropy weighs the rest). Mean "
-        "and its standard error over seeds; below cross-entropy: of differences between students of the same seed. "
+        f"{steps} steps of {BATCH_SIZE} documents of at most {LENGTH} tokens, alpha {ALPHA} (cross-entropy weighs "
+        "the rest). Mean and its standard error over seeds; below cross-entropy: of differences between students of "
+        "the same seed. "
         f"Before the first step {costs['begin_s']:.1f} s to map the vocabularies and read the store's texts, "
         f"{1e3 * costs['align_s']:.2f} ms to find and align a document."
     )

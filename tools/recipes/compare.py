@@ -1,4 +1,5 @@
-"""A recipe's last page: `distill-eval --json` figures side by side, and whether the last student is the best by one."""
+"""What a recipe prints last: figures of `distill-eval --json` side by side, and by one of them whether the last student
+is better than each of the others."""
 
 import json
 import sys
