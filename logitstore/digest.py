@@ -94,7 +94,7 @@ def read_json_object(path: Path, expected: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError(f"found a JSON {type(value).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {first_line(error)}; expected {expected}") from error
     return value
 

@@ -143,7 +143,7 @@ def tokenize(
         report.documents += 1
         ids, learned = _encode(document, tokenizer)
         token_ids = np.array(ids[:max_length], np.int32)
-        trained = learned[1:max_length] if mask_prompt else np.ones(len(token_ids) - 1, np.bool_)
+        trained = (learned[:max_length] if mask_prompt else np.ones(len(token_ids), np.bool_))[1:]
         # that is the one shift: position t predicts token t + 1
         if not trained.any():
             report.skipped_documents += 1

@@ -310,6 +310,35 @@ def test_a_span_that_is_not_trained_as_a_whole_teaches_nothing(world: World) -> 
     assert len(np.unique(np.array(batch.spans)[~inside])) == (np.array(batch.kd_weight) > 0).sum()
 
 
+def test_entropy_weighs_positions_with_targets_alone(world: World) -> None:
+    """Where the two do not meet, the teacher's row there is one of another position."""
+    one, its = pairs(world)[0]
+    asked, found = mapped(world, TRUNCATED, one, its, naming())
+    assert asked.taught.any() and not asked.taught.all() and (found.entropy > 0).all()
+    batch = collate([replace(one, asked=asked)], [found], Weighing(0.5, "hard-only", entropy_weight=2.0))
+    assert batch is not None
+    expected = np.where(asked.taught, 1 + 2 * found.entropy, 1)
+    np.testing.assert_allclose(np.array(batch.row_weights), expected, rtol=1e-6)
+
+
+def test_a_step_where_nothing_meets_has_no_distillation_loss(world: World, tmp_path: Path) -> None:
+    """Its positions are hits, for the store knows the document."""
+    dataset = write_jsonl(tmp_path / "a.jsonl", [{"prompt": CORPUS[0][:-1], "completion": CORPUS[0][-1]}])
+    world.build(tmp_path / "store.zarr", dataset=str(dataset), select=TRUNCATED)
+    student = save_tiny_model(tmp_path / "s", vocab_size=259)
+    tokenizer = tiny_tokenizer(259)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(student)
+    options = {"student": str(student), "store": (str(tmp_path / "store.zarr"),), "dataset": str(dataset)}
+    for method in ("mapped", "span"):
+        _, lines = world.train(
+            tmp_path / method, cross_vocab=method, min_coverage=0.0, iters=2, alpha="0.9->0", **options
+        )
+        assert lines[-1]["alpha"] == 0
+        assert [line["taught"] for line in lines][-1] == 0
+        assert [line["kd_loss"] is None for line in lines] == [line["taught"] == 0 for line in lines]
+
+
 def test_auto_takes_mapped_where_it_carries_half_over_and_spans_elsewhere_and_says_why(
     world: World, tmp_path: Path
 ) -> None:

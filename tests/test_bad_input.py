@@ -248,6 +248,11 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
             "distill-train --student {student} --teacher {teacher} --select top-k:999 --dataset {data} --out {new}",
             r"keeps 999 entries, but the teacher's vocabulary has 384 tokens",
         ),
+        (
+            "distill-train --student ~nobody-of-this-name/s --dataset {data} --alpha 0 --out {new}",
+            "the name of no user",
+        ),
+        ("logitstore info ~nobody-of-this-name/store.zarr", "begins with ~ and the name of no user; type another path"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_made_or_changed(world: World, line: str, expected: str) -> None:

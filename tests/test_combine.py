@@ -251,6 +251,7 @@ def test_a_mixture_answers_what_all_answer_and_counts_the_rest(world: World, tmp
         (("a", "b"), "lable", "--combine lable is no way to combine stores; type --store A=0.7"),
         (("a", "b"), "column:", "is no way to combine stores"),
         (("a=x", "b"), "column:c", "--store b does not say which c it teaches; type --store b=VALUE"),
+        (("a=x", "b="), "column:c", "--store b= does not say which c it teaches; type --store b=VALUE"),
         (("a=x", "b=x"), "column:c", "--store names one c twice, x, x"),
     ],
 )
@@ -263,6 +264,7 @@ def test_stores_that_are_typed_wrong_are_told_what_to_type(
 
 def test_what_is_typed_is_read() -> None:
     assert Combination.parse(["x=2", "y=6"], None).shares == (0.25, 0.75)
+    assert Combination.parse(["x=1.5e308", "y=1.5e308"], None).shares == (0.5, 0.5)  # whose sum no float holds
     assert Combination.parse(["a", "b"], None) == Combination("order", ("a", "b"))
     assert Combination.parse(["runs/lr=0.1/", "b"], None).paths == ("runs/lr=0.1/", "b")
     read = Combination.parse(["p=q=math", "b=0.5"], "column:kind")

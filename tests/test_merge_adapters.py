@@ -252,6 +252,18 @@ def broken(base: Path, folder: Path) -> None:
     change(folder / "rank", lora_parameters={"rank": 5, "scale": 10.0, "dropout": 0.0})
     shutil.copytree(folder / "a", folder / "huge")
     change(folder / "huge", lora_parameters={"rank": 4, "scale": 10**400, "dropout": 0.0})
+    for name, settings in (("dropout", {"dropout": 1.5}), ("rankless", {"rank": 0})):
+        shutil.copytree(folder / "a", folder / name)
+        change(folder / name, lora_parameters={"rank": 4, "scale": 10.0, "dropout": 0.0} | settings)
+    shutil.copytree(folder / "a", folder / "true")
+    change(folder / "true", num_layers=True)
+    shutil.copytree(folder / "a", folder / "of-nobody")
+    change(folder / "of-nobody", model="~nobody-of-this-name/base")
+    shutil.copytree(folder / "a", folder / "deep")
+    (folder / "deep" / "adapter_config.json").write_text('{"a":' * 100_000)
+    shutil.copytree(folder / "a", folder / "experts")
+    experts = {"e.lora_a": mx.zeros((3, 4, 8)), "e.lora_b": mx.zeros((2, 6, 4))}
+    mx.save_safetensors(str(folder / "experts" / "adapters.safetensors"), experts)
     shutil.copytree(folder / "a", folder / "list")
     (folder / "list" / "adapter_config.json").write_text("[]")
     (folder / "empty").mkdir()
@@ -301,6 +313,12 @@ def breakage(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a alpha", "'alpha': 10.0.*expected rank, scale"),
         ("a huge", "'scale': 1000.*expected rank, scale"),
         ("a rank", "for model.layers.* expected a rank of 5"),
+        ("a dropout", "'dropout': 1.5.*expected rank, scale"),
+        ("a rankless", "'rank': 0.*expected rank, scale"),
+        ("a true", "has num_layers True"),
+        ("a of-nobody", "of-nobody was trained on ~nobody-of-this-name/base"),
+        ("a deep", "adapter_config.json cannot be read: maximum recursion depth"),
+        ("a experts", r"\(3, 4, 8\) and \(2, 6, 4\) for e, expected .* of experts as many in both"),
         ("a list", "adapter_config.json cannot be read: found a JSON list; expected a LoRA adapter"),
         ("a empty", "adapter_config.json cannot be read: .*No such file"),
         ("a nowhere", "adapter_config.json cannot be read: .*No such file"),

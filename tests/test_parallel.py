@@ -19,7 +19,7 @@ from distill_trainer.parallel import Processes
 from distill_trainer.train import train
 from logitstore.errors import ConfigError
 from tests.runs import World, make_world, write_jsonl
-from tests.tiny import CORPUS
+from tests.tiny import CORPUS, save_tiny_model, tiny_tokenizer
 
 NUMBERS = ("loss", "kd_loss", "ce_loss", "grad_norm", "hits", "misses", "trained_tokens")
 
@@ -67,6 +67,7 @@ def child() -> None:
         sys.stdout.flush()
 
     run("--config", folder / "two.json")
+    run("--config", folder / "across.json")
     run("--config", folder / "cut.json")
     iters = len(lines(folder / "cut")) + 4
     run("--config", folder / "cut.json", "--iters", iters, "--resume")
@@ -80,6 +81,7 @@ def runs(world: World) -> tuple[Path, list[str]]:
     folder = world.folder / "runs"
     folder.mkdir()
     (folder / "two.json").write_text(json.dumps(world.config(folder / "two", **shared(world)).to_json()))
+    (folder / "across.json").write_text(json.dumps(world.config(folder / "across", **across(world)).to_json()))
     dropout = {"rank": 4, "dropout": 0.3, "scale": 10.0}
     options = {"store": (str(world.store),), "on_miss": "hard-only", "batch_size": 4, "lora_parameters": dropout}
     endless = world.config(folder / "cut", iters=100_000, **options)
@@ -101,6 +103,13 @@ def shared(world: World) -> dict[str, Any]:
     return options | {"iters": 6, "batch_size": 4, "max_grad_norm": 1.0, "optimizer": "sgd", "learning_rate": 0.01}
 
 
+def across(world: World) -> dict[str, Any]:
+    """The same with a student of another tokenizer."""
+    student = save_tiny_model(world.folder / "across", seed=5, vocab_size=330)
+    tiny_tokenizer(330).save_pretrained(student)
+    return shared(world) | {"student": str(student), "cross_vocab": "mapped", "min_coverage": 0.0}
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -117,7 +126,7 @@ def test_two_processes_learn_what_one_does_and_the_first_alone_writes(
     folder, (said, other_said, _) = runs
     train(world.config(tmp_path / "one", **shared(world)))
     assert "6 steps" in said
-    assert other_said.splitlines() == [f"ended with {code}" for code in (0, 130, 0, 0)]
+    assert other_said.splitlines() == [f"ended with {code}" for code in (0, 0, 130, 0, 0)]
     one, two = lines(tmp_path / "one"), lines(folder / "two")
     assert [step["step"] for step in two] == list(range(1, 7))
     assert len({step["hits"] for step in one}) > 1  # batches of four and of one
@@ -128,6 +137,17 @@ def test_two_processes_learn_what_one_does_and_the_first_alone_writes(
         moved = mx.abs(alone[name] - value).max().item()
         assert mx.abs(alone[name] - together[name]).max().item() <= 1e-3 * moved + 1e-7, name
     assert {f.name for f in (tmp_path / "one").iterdir()} == {f.name for f in (folder / "two").iterdir()}
+
+
+def test_two_processes_count_what_a_teacher_of_another_tokenizer_teaches_as_one_does(
+    tmp_path: Path, world: World, runs: tuple[Path, list[str]]
+) -> None:
+    folder, _ = runs
+    train(world.config(tmp_path / "one", **across(world)))
+    one, two = lines(tmp_path / "one"), lines(folder / "across")
+    assert all(0 < step["taught"] < step["hits"] for step in one)
+    for name in (*NUMBERS, "taught"):
+        assert [step[name] for step in two] == pytest.approx([step[name] for step in one], rel=1e-4, abs=1e-6), name
 
 
 def test_a_signal_to_any_process_ends_all_before_the_same_step_and_resuming_is_exact(

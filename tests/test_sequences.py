@@ -252,3 +252,11 @@ def test_without_a_masked_prompt_every_token_is_trained() -> None:
         list(tokenize([Document(row, "a.jsonl:1")], tiny_tokenizer(), 64, mask_prompt=mask)) for mask in (True, False)
     )
     assert (masked.token_ids == whole.token_ids).all() and whole.trained.all() and not masked.trained.all()
+
+
+def test_a_document_without_a_token_is_skipped_with_and_without_a_masked_prompt() -> None:
+    tokenizer, report = tiny_tokenizer(), TokenizeReport()
+    tokenizer.eos_token = None
+    for mask in (True, False):
+        assert not list(tokenize([Document({"text": ""}, "a.jsonl:1")], tokenizer, 64, report, mask_prompt=mask))
+    assert report.skipped_documents == 2

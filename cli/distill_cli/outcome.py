@@ -28,6 +28,11 @@ def one_line_errors(resume: str) -> Iterator[None]:
         # A path that may not be looked at, or that no file system takes.
         click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; type another path", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of a path such as ~nobody/store
+            raise
+        click.echo("Error: a path begins with ~ and the name of no user; type another path", err=True)
+        sys.exit(2)
     except LogitstoreError as error:
         click.echo("Error: " + " ".join(str(error).splitlines()), err=True)
         sys.exit(2)

@@ -179,7 +179,7 @@ def collate(
         if weighs:
             w = np.ones(n, np.float32) if sequence.weights is None else sequence.weights[positions]
             if weighing.entropy_weight:
-                w = w * entropy_factors(target, positions, weighing.entropy_weight)
+                w = np.where(answered, w * entropy_factors(target, positions, weighing.entropy_weight), w)
             part |= {"kd_weight": part["kd_weight"] * w, "ce_weight": part["ce_weight"] * w, "row_weights": w}
         parts.append(part)
         done += n

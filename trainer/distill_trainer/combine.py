@@ -65,7 +65,8 @@ class Combination:
                 if share is None or not 0 < share < math.inf:
                     raise ConfigError(f"--store {text} gives no share above 0, and another --store gives one; {FORM}")
             _require_several(stores, "a share (a path that ends in =NUMBER: type a / after it)")
-            given = [share for share in shares if share is not None]
+            most = max(share for share in shares if share is not None)
+            given = [share / most for share in shares if share is not None]  # whose sum overflows nothing
             return cls("mixture", _distinct([path for path, _, _ in split]), tuple(s / sum(given) for s in given))
         if combine == "label":
             _require_several(stores, "--combine")
@@ -74,7 +75,9 @@ class Combination:
             raise ConfigError(f"--combine {combine} is no way to combine stores; {FORM}")
         for text, (path, equals, value) in zip(stores, split, strict=True):
             if not (path and equals and value):
-                raise ConfigError(f"--store {text} does not say which {column} it teaches; type --store {text}=VALUE")
+                raise ConfigError(
+                    f"--store {text} does not say which {column} it teaches; type --store {path or value}=VALUE"
+                )
         _require_several(stores, "--combine")
         paths, values = [path for path, _, _ in split], [value for _, _, value in split]
         if len(set(values)) < len(values):

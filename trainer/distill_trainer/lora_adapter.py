@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
@@ -53,29 +53,35 @@ def read_adapter(path: Path) -> Adapter:
     parameters = settings.get("lora_parameters")
     parameters = parameters if isinstance(parameters, dict) else {}
     rank, scale, keys = (parameters.get(name) for name in ("rank", "scale", "keys"))
+    dropout, num_layers = parameters.get("dropout", 0), settings.get("num_layers")
     if not (
         _is_number(scale)
-        and _is_number(parameters.get("dropout", 0))
-        and _is_number(rank)
-        and isinstance(settings.get("num_layers"), int)
+        and (_is_number(dropout) and 0 <= dropout < 1)
+        and (_is_number(rank) and rank >= 1)
+        and (isinstance(num_layers, int) and not isinstance(num_layers, bool))
         and (keys is None or (isinstance(keys, list) and all(isinstance(key, str) for key in keys)))
     ):
         raise ModelError(
-            f"{path / 'adapter_config.json'} has num_layers {settings.get('num_layers')} and lora_parameters "
+            f"{path / 'adapter_config.json'} has num_layers {num_layers} and lora_parameters "
             f"{parameters}; expected rank, scale, dropout and perhaps keys as mlx-lm writes them: train it again"
         )
     factors = _read_factors(path / "adapters.safetensors")
     for name, (a, b) in factors.items():
         axes = RANK_AXES.get(a.ndim)
-        if axes is None or a.ndim != b.ndim or {a.shape[axes[0]], b.shape[axes[1]]} != {rank}:
+        if (
+            axes is None
+            or a.ndim != b.ndim
+            or {a.shape[axes[0]], b.shape[axes[1]]} != {rank}
+            or a.shape[:-2] != b.shape[:-2]  # experts
+        ):
             raise ModelError(
                 f"{path} has shapes {a.shape} and {b.shape} for {name}, expected a rank of {rank} as its "
-                "adapter_config.json says; train it again"
+                "adapter_config.json says, and of experts as many in both; train it again"
             )
     return Adapter(path, settings, int(cast(int, rank)), float(cast(float, scale)), factors)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MOST
 
 

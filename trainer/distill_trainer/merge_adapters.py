@@ -13,6 +13,7 @@ Files alone are read; the base is never loaded, and nothing is trained.
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def _one_base(adapters: Sequence[Adapter]) -> str | None:
         return None
     first_path, first = named[0]
     for path, base in named[1:]:
-        if base != first and not _same_files(Path(base).expanduser(), Path(first).expanduser()):
+        if base != first and not _same_files(base, first):
             raise ModelError(
                 f"{path} was trained on {base}, {first_path} on {first}; expected adapters of one base. If they are "
                 'the same model, write the same name under "model" in both adapter_config.json'
@@ -123,7 +124,9 @@ def _one_base(adapters: Sequence[Adapter]) -> str | None:
     return str(first)
 
 
-def _same_files(one: Path, other: Path) -> bool:
+def _same_files(base: str, first: str) -> bool:
+    # a name may be of a hub, or of another machine's user
+    one, other = (Path(os.path.expanduser(name)) for name in (base, first))  # noqa: PTH111
     if not (one.exists() and other.exists()):
         return False
     return one.samefile(other) or (config_digest(one), weights_digest(one)) == (

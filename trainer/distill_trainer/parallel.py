@@ -69,16 +69,18 @@ class Processes:
             drawn = np.random.SeedSequence([seed, step, self.rank]).generate_state(1, np.uint64)
             mx.random.seed(int(drawn[0]))
 
-    def total(self, count: Count, n: int) -> tuple[Count, int]:
-        """What all processes have counted in a step, and how many positions they train.
+    def total(self, count: Count, *numbers: int) -> tuple[Count, list[int]]:
+        """What all processes have counted in a step, and the sums of other numbers of theirs.
 
         Raises:
             ProcessLostError: one is gone.
         """
         if self.size == 1:
-            return count, n
-        *counted, n = cast(list[int], self._sum(mx.array([*astuple(count), n], mx.int32)).tolist())
-        return replace(Count(*counted), on_policy=count.on_policy), n  # batches, of which each process has a part
+            return count, list(numbers)
+        counted = astuple(count)
+        sums = cast(list[int], self._sum(mx.array([*counted, *numbers], mx.int32)).tolist())
+        total, others = Count(*sums[: len(counted)]), sums[len(counted) :]
+        return replace(total, on_policy=count.on_policy), others  # batches, of which each process has a part
 
     def mean_gradient(
         self, step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[Batch], model: Module, methods: int = 0

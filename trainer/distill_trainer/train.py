@@ -243,8 +243,10 @@ def run_steps(
                 ]
                 batches = [batch for batch in collated if batch is not None]
                 count = sum((each for _, _, each in answered), start=Count())
-                count, n = among.total(count, sum(len(batch.rows) for batch in batches))
-                taught = alpha > 0 and count.hits + (count.misses - count.unasked - count.failed) * asks > 0
+                met = sum(cast(int, batch.taught.item()) for batch in batches) if objective.crosses and alpha else 0
+                count, (n, met) = among.total(count, sum(len(batch.rows) for batch in batches), met)
+                answered_rows = count.hits + (count.misses - count.unasked - count.failed) * asks
+                taught = alpha > 0 and (met if objective.crosses else answered_rows) > 0
                 loss, kd_loss, ce_loss, norm = None, None, None, None
                 terms: list[float] = []
                 if n:
@@ -274,7 +276,7 @@ def run_steps(
                     **({"failed": count.failed} if asks else {}),
                     **({"on_policy": count.on_policy, "generated": count.generated} if parts.own else {}),
                     **({"unasked": count.unasked} if config.max_teacher_length else {}),
-                    **({"taught": sum(cast(int, b.taught.item()) for b in batches)} if objective.crosses else {}),
+                    **({"taught": met} if objective.crosses else {}),
                     "trained_tokens": n,
                     "alpha": alpha,
                     "learning_rate": optimizer.learning_rate.item() if config.lr_schedule else config.learning_rate,
