@@ -145,36 +145,18 @@ def collate(
     for number, (sequence, target, (b, start)) in enumerate(zip(sequences, targets, places, strict=True)):
         tokens[b, start : start + len(sequence.trained)] = sequence.token_ids[:-1]
         documents[b, start : start + len(sequence.trained)] = number
-        positions = np.flatnonzero(sequence.trained)
-        answered = positions < (0 if target is None else len(target))
-        asked = sequence.asked
-        if asked is not None and asked.taught is not None:
-            answered &= asked.taught[positions]
-        if asked is not None and asked.spans is not None:
-            answered &= in_whole_spans(asked.spans, positions[answered], positions)
+        positions, answered = _trained(sequence, target)
         if weighing.on_miss == "skip":
             positions, answered = positions[answered], answered[answered]
         if not len(positions):
             continue
-        n, at = len(positions), positions[answered]
-        part: dict[str, Any] = {
-            "rows": b * t_max + start + positions,
-            "labels": sequence.token_ids[positions + 1],
-            "ids": np.zeros((n, k), np.uint32),
-            "weights": np.zeros((n, k), np.float32),
-            "log_probs": np.zeros((n, k), np.float32),
-            "log_tail_mass": np.zeros(n, np.float32),
-        }
-        if target is not None:
-            own = slice(target.ids.shape[1])  # another document's store may keep more
-            part["ids"][answered, own], part["weights"][answered, own] = target.ids[at], target.weights[at]
-            part["log_tail_mass"][answered] = target.log_tail_mass[at]
-            if target.log_probs is not None:
-                part["log_probs"][answered, own] = target.log_probs[at]
+        n = len(positions)
+        part = {"rows": b * t_max + start + positions, "labels": sequence.token_ids[positions + 1]}
+        part |= _entries(target, positions, answered, k)
         alpha = np.where(answered, np.float32(weighing.alpha), np.float32(0))
         part["kd_weight"], part["ce_weight"] = alpha, np.float32(weighing.ce) * (1 - alpha)
-        if asked is not None and asked.spans is not None:
-            part |= span_rows(asked.spans, positions, answered, target, done)
+        if sequence.asked is not None and sequence.asked.spans is not None:
+            part |= span_rows(sequence.asked.spans, positions, answered, target, done)
             part["kd_weight"] = np.where(part["spans"] == done + np.arange(n), alpha, np.float32(0))
         if weighs:
             w = np.ones(n, np.float32) if sequence.weights is None else sequence.weights[positions]
@@ -188,3 +170,33 @@ def collate(
     columns: dict[str, Any] = {name: mx.array(np.concatenate([part[name] for part in parts])) for name in parts[0]}
     batch = Batch(mx.array(tokens), **columns | {"rows": columns["rows"].astype(mx.int32)})
     return batch if len(tokens) == len(sequences) else batch._replace(documents=mx.array(documents))
+
+
+def _trained(
+    sequence: TokenSequence, target: SparseTargets | None
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.bool_]]:
+    """A document's trained positions [n], rising, and which of them its targets teach [n]."""
+    positions = np.flatnonzero(sequence.trained)
+    answered = positions < (0 if target is None else len(target))
+    asked = sequence.asked
+    if asked is not None and asked.taught is not None:
+        answered &= asked.taught[positions]
+    if asked is not None and asked.spans is not None:
+        answered &= in_whole_spans(asked.spans, positions[answered], positions)
+    return positions, answered
+
+
+def _entries(
+    target: SparseTargets | None, positions: npt.NDArray[np.integer], answered: npt.NDArray[np.bool_], k: int
+) -> dict[str, npt.NDArray[Any]]:
+    """What a batch's rows have of a document's targets, in k entries each; zeros where they are not answered."""
+    n, at = len(positions), positions[answered]
+    ids, log_tail_mass = np.zeros((n, k), np.uint32), np.zeros(n, np.float32)
+    weights, log_probs = np.zeros((n, k), np.float32), np.zeros((n, k), np.float32)
+    if target is not None:
+        own = slice(target.ids.shape[1])  # another document's store may keep more
+        ids[answered, own], weights[answered, own] = target.ids[at], target.weights[at]
+        log_tail_mass[answered] = target.log_tail_mass[at]
+        if target.log_probs is not None:
+            log_probs[answered, own] = target.log_probs[at]
+    return {"ids": ids, "weights": weights, "log_probs": log_probs, "log_tail_mass": log_tail_mass}

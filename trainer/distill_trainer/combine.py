@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from distill_trainer.losses import LINEAR
 from distill_trainer.mixture import best_of, mixed
 from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
@@ -27,8 +28,6 @@ from logitstore.sequences import TokenSequence
 from logitstore.stack import Stack
 from logitstore.targets import SparseTargets
 
-LINEAR = ("kl", "soft-ce")
-"""Losses that are linear in the teacher's probabilities, but for what does not depend on the student."""
 By = Literal["order", "mixture", "label", "column"]
 FORM = (
     "type --store A=0.7 --store B=0.3, --store A --store B --combine label, or --store A=VALUE --store B=VALUE "
@@ -110,7 +109,7 @@ class Combination:
                     )
 
     def over(self, stores: Sequence[Store]) -> "Teachers":
-        """The teachers that stores stand for; in order, as many of the paths as are there.
+        """The teachers that stores stand for: one store a path, but in order perhaps fewer, those that are there.
 
         Raises:
             IncompatibleStoreError: stores that do not go together.
@@ -241,7 +240,7 @@ class ByLabel(_Several):
         return best_of(there) if there else None
 
     def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
-        """How many positions one of them answers at least."""
+        """How many positions at least one of them answers."""
         return max(store.answered(token_ids) for store in self._stores)
 
 

@@ -49,6 +49,8 @@ _DIVERGENCES: dict[str, Callable[..., Divergence]] = {
     "skew-reverse-kl": SkewReverseKL,
     "tvd": TVD,
 }
+LINEAR = ("kl", "soft-ce")
+"""Losses that are linear in the teacher's probabilities, but for what does not depend on the student."""
 NAMES = (*_DIVERGENCES, "soft-ce", "taid", "hinge-rank", "logistic-rank")
 _NUMBERED = {"jsd": "beta", "skew-kl": "lambda", "skew-reverse-kl": "lambda", "taid": "t_start", "hinge-rank": "margin"}
 """Losses with a number of their own, and what it is called."""
