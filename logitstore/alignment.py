@@ -7,11 +7,13 @@ called. A space that a tokenizer puts before a text is no text where its vocabul
 of its teacher, and there one may be ahead by that space (`Spelled.after_space`).
 """
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.sequences import TokenSequence
 from logitstore.vocabulary import Vocabulary
 
 END = b"\xff"
@@ -74,17 +76,82 @@ def common_prefix(a: bytes, b: bytes) -> int:
     return int(differs.argmax())
 
 
-def meetings(one: Spelled, other: Spelled) -> npt.NDArray[np.int32]:
-    """For each token of one, the token of the other that ends where it does, -1 where none does: [L].
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Where a document of L of one's tokens meets the same in the other's."""
 
-    Where several tokens of a document end at one place, which those of no bytes do, it is the last of them: what comes
-    after it is the same in both. Nothing meets beyond the texts' common beginning, nor before the first token of one
-    that is spelled with a space of its own.
+    met: npt.NDArray[np.int32]
+    """[L]; for each token of one, the token of the other that ends where it does, -1 where none does."""
+    beyond: npt.NDArray[np.bool_]
+    """[L]; which tokens end where the other's document does not reach."""
+
+
+def by_text(one: Spelled, other: Spelled) -> Alignment:
+    """Align two documents as far as their texts begin alike.
+
+    Where several tokens of a document end at one place, which those of no bytes do, they meet at the last of them: what
+    comes after it is the same in both. Nothing meets before the first token of one that is spelled with a space of its
+    own.
     """
-    limit = common_prefix(one.text, other.text)
+    beyond = one.ends > common_prefix(one.text, other.text)
     at = np.searchsorted(other.ends, one.ends, side="right") - 1
-    met = (at >= 0) & (other.ends[np.maximum(at, 0)] == one.ends) & (one.ends <= limit)
+    met = (at >= 0) & (other.ends[np.maximum(at, 0)] == one.ends) & ~beyond
     met[:-1] &= one.ends[1:] != one.ends[:-1]
     if one.spaced or other.spaced:
         met &= one.ends > 0
-    return np.where(met, at, -1).astype(np.int32)
+    return Alignment(np.where(met, at, -1).astype(np.int32), beyond)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Tokens of a document that are trained, one after another: a completion, or what an assistant said."""
+
+    first: int
+    """Number of the first token."""
+    stop: int
+    """Of the first after its text."""
+    closing: int
+    """Of the special token that closes it, -1 where it was cut."""
+
+
+def turns(sequence: TokenSequence, special_ids: Set[int]) -> list[Turn]:
+    """What of a document is trained, in its order."""
+    labels = np.flatnonzero(sequence.trained) + 1
+    found = []
+    for numbers in np.split(labels, np.flatnonzero(np.diff(labels) > 1) + 1):
+        special = [n for n in numbers.tolist() if int(sequence.token_ids[n]) in special_ids]
+        stop = special[0] if special else int(numbers[-1]) + 1
+        found.append(Turn(int(numbers[0]), stop, special[0] if special else -1))
+    return found
+
+
+def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence[Turn]) -> Alignment | None:
+    """Align what is trained of two documents that are otherwise rendered differently; None where it is other text.
+
+    The last turn of one may be cut, and the other may go on. Space at the beginning of a turn is the template's, and
+    may be part of a first token: turns are compared from what follows it, and meet from there on.
+    """
+    if not its or len(its) > len(others):
+        return None
+    met = np.full(len(one.ends), -1, np.int32)
+    for number, (mine, theirs) in enumerate(zip(its, others, strict=False)):
+        start, text = _turn_text(one, mine)
+        place, their_text = _turn_text(other, theirs)
+        cut = number == len(its) - 1 and mine.closing < 0
+        if not (their_text.startswith(text) if cut else text == their_text):
+            return None
+        own = one.ends[mine.first - 1 : mine.stop] - start + place
+        among = other.ends[theirs.first - 1 : theirs.stop]
+        at = np.searchsorted(among, own, side="right") - 1
+        same = (at >= 0) & (among[np.maximum(at, 0)] == own) & (own >= place)
+        met[mine.first - 1 : mine.stop] = np.where(same, theirs.first - 1 + at, -1)
+        if mine.closing >= 0 and theirs.closing >= 0:
+            met[mine.closing] = theirs.closing
+    return Alignment(met, np.zeros(len(met), np.bool_))
+
+
+def _turn_text(spelled: Spelled, turn: Turn) -> tuple[int, bytes]:
+    """Where in a text a turn begins, the space before it apart, and the turn."""
+    text = spelled.text[spelled.ends[turn.first - 1] : spelled.ends[turn.stop - 1]]
+    stripped = text.lstrip(WHITESPACE)
+    return int(spelled.ends[turn.stop - 1]) - len(stripped), stripped

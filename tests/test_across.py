@@ -21,18 +21,20 @@ from distill_trainer.combine import in_order
 from distill_trainer.crossing import crossing_of
 from distill_trainer.loss_values import loss_values
 from distill_trainer.spans import SpanLoss
+from distill_trainer.texts import Readings
 from distill_trainer.train import train
-from logitstore.alignment import spell
-from logitstore.documents import read_documents
+from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns
+from logitstore.documents import Document, read_documents
 from logitstore.errors import ConfigError, IncompatibleStoreError, LogitstoreError
 from logitstore.model import load_model
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
 from logitstore.targets import SparseTargets
+from logitstore.tokenizer import load_tokenizer
 from logitstore.vocabulary import vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
 from tests.runs import World, make_world, write_jsonl
-from tests.tiny import CORPUS, save_tiny_model, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, CORPUS, save_tiny_model, tiny_tokenizer
 
 SAMPLE, TRUNCATED = "threshold:16", "top-k:50"
 SMALL = 330
@@ -94,7 +96,7 @@ def mapped(
 ) -> tuple[Any, SparseTargets]:
     own = spell(one.token_ids, vocabulary_of(its_own()))
     theirs = spell(its.token_ids, vocabulary_of(tiny_tokenizer()))
-    asked = mapped_asked(its.token_ids, theirs, own, names, unbiased=select == SAMPLE)
+    asked = mapped_asked(its.token_ids, by_text(own, theirs), names, unbiased=select == SAMPLE)
     found = open_store(path(world, select)).get(its.token_ids)
     assert found is not None
     return asked, asked.shifted(found)
@@ -158,7 +160,7 @@ def test_a_span_has_the_likelihood_of_the_teachers_tokens_in_it(world: World) ->
             spell(one.token_ids, vocabulary_of(its_own())),
             spell(its.token_ids, vocabulary_of(tiny_tokenizer())),
         )
-        asked, stored = span_asked(its.token_ids, theirs, own), store.get(its.token_ids)
+        asked, stored = span_asked(its.token_ids, by_text(own, theirs)), store.get(its.token_ids)
         assert stored is not None
         found, p = asked.shifted(stored), log_probs(world, its.token_ids)
         covered = 0
@@ -185,7 +187,7 @@ def test_between_identical_tokenizers_mapped_gives_the_ordinary_batch_bit_for_bi
     targets = [store.get(s.token_ids) for s in plain]
     spelled = [spell(s.token_ids, vocabulary) for s in plain]
     across = [
-        replace(s, asked=mapped_asked(s.token_ids, w, w, same, unbiased=select == SAMPLE))
+        replace(s, asked=mapped_asked(s.token_ids, by_text(w, w), same, unbiased=select == SAMPLE))
         for s, w in zip(plain, spelled, strict=True)
     ]
     carried = [s.own(t) for s, t in zip(across, targets, strict=True)]
@@ -267,7 +269,7 @@ def test_a_span_of_the_batch_adds_up_the_students_rows(world: World) -> None:
     for one, its in pairs(world)[:3]:
         own = spell(one.token_ids, vocabulary_of(its_own()))
         theirs = spell(its.token_ids, vocabulary_of(tiny_tokenizer()))
-        asked = span_asked(its.token_ids, theirs, own)
+        asked = span_asked(its.token_ids, by_text(own, theirs))
         sequence = replace(one, asked=asked)
         stored = store.get(its.token_ids)
         assert stored is not None
@@ -293,7 +295,7 @@ def test_a_span_of_the_batch_adds_up_the_students_rows(world: World) -> None:
 def test_a_span_that_is_not_trained_as_a_whole_teaches_nothing(world: World) -> None:
     one, its = pairs(world)[0]
     own = spell(one.token_ids, vocabulary_of(its_own()))
-    asked = span_asked(its.token_ids, spell(its.token_ids, vocabulary_of(tiny_tokenizer())), own)
+    asked = span_asked(its.token_ids, by_text(own, spell(its.token_ids, vocabulary_of(tiny_tokenizer()))))
     long = next(last for last in asked.spans.tolist() if (asked.spans == last).sum() > 1)
     trained = one.trained.copy()
     trained[long] = False
@@ -376,11 +378,11 @@ def test_a_document_that_is_cut_or_goes_on_is_answered_as_far_as_the_texts_agree
     whole = spell(its.token_ids, teacher)
     for cut in (5, 9):
         ids = one.token_ids[:cut]
-        asked = mapped_asked(its.token_ids, whole, spell(ids, student), naming(), unbiased=True)
+        asked = mapped_asked(its.token_ids, by_text(spell(ids, student), whole), naming(), unbiased=True)
         assert asked.answered(len(its.token_ids) - 1) == cut - 1
     shorter = its.token_ids[:8]
     own = spell(one.token_ids, student)
-    asked = mapped_asked(shorter, spell(shorter, teacher), own, naming(), unbiased=True)
+    asked = mapped_asked(shorter, by_text(own, spell(shorter, teacher)), naming(), unbiased=True)
     answered = asked.answered(7)
     assert asked.taught is not None
     last = np.flatnonzero(asked.taught[:answered])[-1]
@@ -392,7 +394,18 @@ def test_a_document_that_is_cut_or_goes_on_is_answered_as_far_as_the_texts_agree
     ("options", "kind", "expected"),
     [
         ({"cross_vocab": "mapped", "min_coverage": 0.9}, ConfigError, r"at least 0.9; type --min-coverage 0.[5-8]"),
-        ({"teacher": "T"}, ConfigError, "and --teacher needs the teacher's; leave it out"),
+        ({"teacher_tokenizer": "{other}"}, IncompatibleStoreError, "was built with tokenizer .*, --teacher-tokenizer "),
+        (
+            {"teacher": "{other}"},
+            IncompatibleStoreError,
+            "was built with tokenizer .*, --teacher .* type --teacher with",
+        ),
+        ({"on_policy": 0.5, "teacher": "{teacher}"}, ConfigError, "and --on-policy needs the teacher's; leave it out"),
+        (
+            {"teacher_tokenizer": "x", "teacher": "y"},
+            ConfigError,
+            "--teacher has its own; type it with --store, without",
+        ),
         ({"hidden_loss": "mse"}, ConfigError, "--hidden-loss needs"),
         ({"filter": ("nll<3",)}, ConfigError, "nll of a document needs"),
         ({"loss": ("jsd",), "cross_vocab": "mapped", "min_coverage": 0.1}, IncompatibleStoreError, "cannot serve"),
@@ -404,6 +417,8 @@ def test_a_document_that_is_cut_or_goes_on_is_answered_as_far_as_the_texts_agree
 def test_what_does_not_go_across_is_refused(
     world: World, tmp_path: Path, options: dict[str, Any], kind: type[LogitstoreError], expected: str
 ) -> None:
+    places = {"other": other(world), "teacher": world.teacher}
+    options = {name: v.format(**places) if isinstance(v, str) else v for name, v in options.items()}
     with pytest.raises(kind, match=expected):
         world.train(tmp_path / "o", student=str(other(world)), store=(str(path(world, SAMPLE)),), **options)
     assert not (tmp_path / "o").exists()
@@ -438,3 +453,141 @@ def test_nothing_is_crossed_between_equal_tokenizers(world: World) -> None:
     config = world.config(world.folder / "none", store=(str(path(world, SAMPLE)),))
     teachers = in_order([open_store(path(world, SAMPLE))])
     assert crossing_of(config, teachers, load_model(world.student), 384, world.sequences(), print) is None
+
+
+@pytest.mark.parametrize("method", ["mapped", "span"])
+@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+def test_a_live_teacher_of_another_tokenizer_teaches_what_its_store_does(
+    world: World, tmp_path: Path, select: str, method: str
+) -> None:
+    usual = LEARNING | {"student": str(other(world)), "cross_vocab": method, "dataset": str(world.folder)}
+    held_out = {"valid_split": "valid", "steps_per_eval": 5}
+    curves = []
+    for name, source in (
+        ("stored", {"store": (str(path(world, select)),)}),
+        ("live", {"teacher": str(world.teacher), "select": select}),
+    ):
+        report, lines = world.train(tmp_path / name, **usual, **held_out, **source)
+        curves.append([(line["loss"], line["taught"]) for line in lines])
+        assert (report.count.hits == 0) == (name == "live")
+        assert lines[-1]["valid_misses" if name == "live" else "valid_hits"] > 0
+    for (stored, taught), (live, taught_live) in zip(*curves, strict=True):
+        assert live == pytest.approx(stored, abs=1e-4)
+        assert taught_live == taught
+
+
+def test_misses_across_are_answered_kept_and_missed_no_more(world: World, tmp_path: Path) -> None:
+    world.build(tmp_path / "few.zarr", select=SAMPLE, limit=2)
+    usual = LEARNING | {"student": str(other(world)), "cross_vocab": "mapped"}
+    whole = world.train(tmp_path / "whole", store=(str(path(world, SAMPLE)),), **usual)[1]
+    kept = {"store": (str(tmp_path / "few.zarr"),), "teacher": str(world.teacher)}
+    report, lines = world.train(tmp_path / "o", write_back=True, **kept, **usual)
+    assert report.count.misses > 0
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in whole], abs=1e-4)
+    again, _ = world.train(tmp_path / "again", store=(str(tmp_path / "few.zarr"),), **usual)
+    assert again.count.misses == 0
+
+
+QUESTIONS = [
+    {"messages": [{"role": "user", "content": f"How many? Small {n}."}, {"role": "assistant", "content": text}]}
+    for n, text in enumerate(("Small: a few bytes.", "Small 1.", "It held 1234567890 positions.", "Où est l'école?"))
+]
+QUESTIONS[2]["messages"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "It held more."}]
+
+
+@pytest.fixture(scope="module")
+def chats(world: World) -> Path:
+    """A chat dataset, the teacher's store of it, and a student whose template writes turns otherwise."""
+    folder = world.folder / "chats"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", QUESTIONS)
+    world.build(folder / "store.zarr", dataset=str(folder / "train.jsonl"), select=TRUNCATED)
+    tokenizer = its_own()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+    )
+    save_tiny_model(folder / "student", seed=5, vocab_size=SMALL)
+    tokenizer.save_pretrained(folder / "student")
+    return folder
+
+
+def test_chats_of_two_templates_are_aligned_turn_by_turn(chats: Path) -> None:
+    """What is left of a turn after a position is the same text on both sides, and the end of a turn is its end."""
+    one = load_tokenizer(str(chats / "student"), "--student")
+    vocabularies = vocabulary_of(one), vocabulary_of(tiny_tokenizer())
+    rows = lambda: read_documents(str(chats / "train.jsonl"))  # noqa: E731
+    readings = Readings(rows(), tiny_tokenizer(), vocabularies[0].special_ids, b"", quiet=True)
+    taught = 0
+    for sequence, read in zip(tokenize(rows(), one, 512), tokenize(rows(), tiny_tokenizer(), 512), strict=True):
+        found = readings.find(sequence, spell(sequence.token_ids, vocabularies[0]))
+        assert found is not None
+        token_ids, alignment = found
+        assert (token_ids == read.token_ids[: len(token_ids)]).all()
+
+        def rest(s: TokenSequence, position: int, vocabulary: Any) -> bytes:
+            """Of the turn."""
+            found = []
+            for t in range(position + 1, len(s.token_ids)):
+                if int(s.token_ids[t]) in vocabulary.special_ids or not s.trained[t - 1]:
+                    break
+                found.append(vocabulary.tokens[s.token_ids[t]])
+            return b"".join(found)
+
+        for position in np.flatnonzero(sequence.trained).tolist():
+            there = alignment.met[position]
+            if there >= 0 and int(sequence.token_ids[position]) not in vocabularies[0].special_ids:
+                assert read.trained[there]
+                assert rest(sequence, position, vocabularies[0]) == rest(read, there, vocabularies[1])
+                taught += 1
+        closings = [t for t in range(1, len(sequence.token_ids)) if sequence.token_ids[t] == one.eos_token_id]
+        assert all(read.token_ids[alignment.met[t]] == tiny_tokenizer().eos_token_id for t in closings)
+    assert taught > 30
+
+
+def test_chats_are_found_in_a_store_with_the_teachers_tokenizer_and_without_it_are_misses(
+    world: World, chats: Path, tmp_path: Path
+) -> None:
+    usual = LEARNING | {"student": str(chats / "student"), "dataset": str(chats), "store": (str(chats / "store.zarr"),)}
+    report, lines = world.train(
+        tmp_path / "o",
+        teacher_tokenizer=str(world.teacher),
+        valid_dataset=str(chats / "train.jsonl"),
+        **usual,
+    )
+    assert report.count.misses == 0
+    assert lines[-1]["taught"] > 0
+    said: list[str] = []
+    train(world.config(tmp_path / "p", on_miss="hard-only", **usual | {"min_coverage": 0.0}), said.append)
+    assert "4 of 4 documents have a text that no store begins with" in "\n".join(said)
+
+
+def test_turns_of_other_text_are_no_turns_and_a_cut_one_is_a_beginning() -> None:
+    def made(text: str, template: str, length: int = 99) -> tuple[TokenSequence, Spelled]:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        rows = [
+            Document({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]}, "1")
+        ]
+        (sequence,) = tokenize(rows, tokenizer, length)
+        return sequence, spell(sequence.token_ids, vocabulary_of(tokenizer))
+
+    first = CHAT_TEMPLATE
+    second = first.replace("'\n' + message['content']", "': ' + message['content']").replace(
+        "assistant\n", "assistant: "
+    )
+    special = vocabulary_of(tiny_tokenizer()).special_ids
+
+    def aligned(one: tuple[TokenSequence, Spelled], other: tuple[TokenSequence, Spelled]) -> Alignment | None:
+        return by_turns(one[1], turns(one[0], special), other[1], turns(other[0], special))
+
+    whole = made("a few bytes for every position", first)
+    same = aligned(made("a few bytes for every position", second), whole)
+    assert same is not None
+    assert (same.met >= 0).sum() > 5
+    assert aligned(made("a few bytes for any position", second), whole) is None
+    cut = made("a few bytes for every position", second, length=23)
+    assert turns(cut[0], special)[0].closing == -1
+    assert aligned(cut, whole) is not None
+    assert aligned(whole, cut) is None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitstore.alignment import END, common_prefix, meetings, spell
+from logitstore.alignment import END, by_text, common_prefix, spell
 from logitstore.vocabulary import Vocabulary
 
 LETTERS = (b"", b"<s>", b"</s>", b"a", b"b", b"ab", b"ba", b"aab", b"\xc3", b"\xa9", b"\xc3\xa9")
@@ -15,7 +15,7 @@ BOS, EOS = 1, 2
 
 
 def met(one: list[int], other: list[int]) -> list[int]:
-    return meetings(*(spell(np.array(ids, np.int32), VOCABULARY) for ids in (one, other))).tolist()
+    return by_text(*(spell(np.array(ids, np.int32), VOCABULARY) for ids in (one, other))).met.tolist()
 
 
 def test_a_begin_is_no_text_an_end_is_one_byte_and_both_are_text_elsewhere() -> None:

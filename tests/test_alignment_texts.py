@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from logitstore.alignment import END, Spelled, meetings, spell, uncommon
+from logitstore.alignment import END, Spelled, by_text, spell, uncommon
 from logitstore.vocabulary import Vocabulary, vocabulary_of
 from tests import tokenizers
 from tests.test_vocabulary_texts import EXACT, TEXTS, UNLESS_THERE
@@ -29,7 +29,7 @@ def test_spans_cover_the_text_whole_and_both_sides_end_together(kind: str) -> No
     for text, a, b in zip(STARTING, *sides, strict=True):
         assert a.text == b.text == text.encode().translate(None, without) + END
         for from_, to in ((a, b), (b, a)):
-            met = meetings(from_, to)
+            met = by_text(from_, to).met
             at = np.flatnonzero(met >= 0)
             assert (from_.ends[at] == to.ends[met[at]]).all()
             assert (np.diff(met[at]) > 0).all()
@@ -47,6 +47,6 @@ def test_a_store_whose_tokens_begin_with_a_space_is_a_space_ahead() -> None:
         for t, v in ((tokenizer, of_store), (tokenizers.byte_bpe(300), own))
     )
     assert theirs.text == b" " + ours.text
-    met = meetings(ours.after_space(), theirs)
+    met = by_text(ours.after_space(), theirs).met
     assert met[-1] == len(theirs.ends) - 1
-    assert (meetings(ours, theirs) == -1).all()
+    assert (by_text(ours, theirs).met == -1).all()

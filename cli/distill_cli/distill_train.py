@@ -46,6 +46,11 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     "likelihood of spans of text.",
 )
 @click.option(
+    "--teacher-tokenizer",
+    help="A model of the teacher's tokenizer, for --store and a student of another: finds chats that the two render "
+    "differently.",
+)
+@click.option(
     "--min-coverage",
     default=0.5,
     show_default=True,

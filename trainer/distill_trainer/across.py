@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distill_trainer.mixture import summed_by_id
-from logitstore.alignment import Spelled, common_prefix, meetings
+from logitstore.alignment import Alignment
 from logitstore.asked import Asked
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
@@ -134,23 +134,21 @@ class SpanAsked(Asked):
         return replace(found, label_log_prob=whole.astype(np.float32))
 
 
-def mapped_asked(token_ids: Ints, other: Spelled, own: Spelled, naming: Naming, *, unbiased: bool) -> MappedAsked:
-    """What `mapped` asks for a document that the student reads as L tokens.
+def mapped_asked(token_ids: Ints, alignment: Alignment, naming: Naming, *, unbiased: bool) -> MappedAsked:
+    """A document for `mapped`.
 
     Args:
-        token_ids: int32 [M]; the teacher's.
-        other: the text that those spell.
-        own: the text that the student's spell.
-        unbiased: the teacher's targets are a sample; else truncated.
+        token_ids: the teacher's.
+        alignment: of the student's document with it.
     """
-    met = meetings(own, other)
-    positions = _never_falling(np.maximum(met[:-1], 0), own, other)
-    return MappedAsked(token_ids, positions, taught=met[:-1] >= 0, naming=naming, unbiased=unbiased)
+    met = alignment.met[:-1]
+    positions = _never_falling(np.maximum(met, 0), alignment)
+    return MappedAsked(token_ids, positions, taught=met >= 0, naming=naming, unbiased=unbiased)
 
 
-def span_asked(token_ids: Ints, other: Spelled, own: Spelled) -> SpanAsked:
+def span_asked(token_ids: Ints, alignment: Alignment) -> SpanAsked:
     """The same for `span`."""
-    met = meetings(own, other)
+    met = alignment.met
     at = np.flatnonzero(met >= 0)
     n = len(met) - 1
     spans, positions, starts = np.full(n, -1, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int32)
@@ -158,8 +156,7 @@ def span_asked(token_ids: Ints, other: Spelled, own: Spelled) -> SpanAsked:
         spans[first:end] = end - 1
         positions[first:end] = met[end] - 1
         starts[end - 1] = met[first]
-    positions = _never_falling(positions, own, other)
-    return SpanAsked(token_ids, positions, taught=spans >= 0, spans=spans, starts=starts)
+    return SpanAsked(token_ids, _never_falling(positions, alignment), taught=spans >= 0, spans=spans, starts=starts)
 
 
 def unknown_asked(length: int, *, spans: bool) -> Asked:
@@ -173,7 +170,6 @@ def unknown_asked(length: int, *, spans: bool) -> Asked:
     )
 
 
-def _never_falling(positions: Ints, own: Spelled, other: Spelled) -> Ints:
+def _never_falling(needed: Ints, alignment: Alignment) -> Ints:
     """[L - 1]; the last of the teacher's positions that is needed up to each of the student's."""
-    beyond = own.ends[:-1] > common_prefix(own.text, other.text)
-    return np.maximum.accumulate(np.where(beyond, NOWHERE, positions)).astype(np.int32)
+    return np.maximum.accumulate(np.where(alignment.beyond[:-1], NOWHERE, needed)).astype(np.int32)

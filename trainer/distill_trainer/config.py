@@ -66,6 +66,9 @@ class TrainConfig:
     """A column of the dataset: how much each document weighs, true and false being 1 and 0."""
     cross_vocab: CrossVocab = "auto"
     """How to learn from stores of a teacher with another tokenizer: see `distill_trainer.across`."""
+    teacher_tokenizer: str | None = None
+    """A model of the teacher's tokenizer, which is all that is read of it: finds documents in a store whose text it
+    renders differently than the student's does, as chats. `teacher` has its own."""
     min_coverage: float = 0.5
     """Share of what such a teacher says that must be carried over, positions times mass; less is refused."""
     loss: tuple[str, ...] = ("kl",)

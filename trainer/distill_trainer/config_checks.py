@@ -333,6 +333,11 @@ def check_misses(config: "TrainConfig") -> None:
         "--teacher-adapter-path is given, and no teacher; type --teacher T with it",
     )
     _require(
+        config.teacher_tokenizer is None or (config.teacher is None and bool(config.store) and config.distils),
+        "--teacher-tokenizer finds documents in a store, and --teacher has its own; type it with --store, without "
+        "--teacher",
+    )
+    _require(
         config.max_teacher_length is None or (config.teacher is not None and config.distils),
         "--max-teacher-length bounds what a live teacher is asked, and none is; type --teacher T with it",
     )

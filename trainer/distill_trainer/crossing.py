@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from distill_kernels import LogitsLoss, WeightedLoss
 
@@ -14,13 +15,16 @@ from distill_trainer.config import TrainConfig
 from distill_trainer.kinds import CrossVocab
 from distill_trainer.losses import LINEAR, AnyLoss
 from distill_trainer.spans import SpanLoss, in_whole_spans
-from distill_trainer.texts import Texts
+from distill_trainer.texts import Known, Readings, Texts
 from logitstore.alignment import spell, uncommon
 from logitstore.asked import Asked
+from logitstore.documents import read_documents
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.model import LoadedModel
 from logitstore.saved_maps import saved_vocabulary_map
+from logitstore.selection import Selection
 from logitstore.sequences import TokenSequence
+from logitstore.tokenizer import load_tokenizer
 from logitstore.vocabulary import vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
 
@@ -54,63 +58,89 @@ class Coverage:
 class Crossing:
     """Carries a run's documents and losses over to a teacher with another tokenizer."""
 
-    def __init__(self, config: TrainConfig, teachers: Teachers, student: LoadedModel, width: int) -> None:
-        """Map the vocabularies, unless a store keeps the map, and read the texts of the stores.
+    def __init__(
+        self, config: TrainConfig, teachers: Teachers, tokenizer: Any | None, student: LoadedModel, width: int
+    ) -> None:
+        """Map the vocabularies, unless a store keeps the map, and find the documents: read the dataset as the teacher
+        does or, without its tokenizer, the texts of the stores.
 
         Args:
+            tokenizer: the teacher's, where it is at hand.
             width: columns of the student's head.
 
         Raises:
             CorruptStoreError: a store's bytes are not those that were written.
             IncompatibleStoreError: it keeps a map of other tokenizers under the student's name.
+            DatasetError, ModelError: as `tokenize`.
         """
-        assert teachers.recipe is not None
-        self._teachers, self._recipe = teachers, teachers.recipe
-        self._teacher = teachers.stores[0].vocabulary
+        self._config, self._teachers, self._tokenizer = config, teachers, tokenizer
+        self._selection = (
+            Selection.parse(config.select or "threshold:16") if teachers.recipe is None else teachers.recipe.selection
+        )
+        self._teacher = vocabulary_of(tokenizer) if tokenizer is not None else teachers.stores[0].vocabulary
         self._student = vocabulary_of(student.tokenizer)
-        kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint())
+        kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint()) if teachers.stores else None
         self.map = map_vocabularies(self._teacher, self._student) if kept is None else kept
         self._naming = Naming.of(self.map, self._teacher, self._student, width)
         self._without = uncommon(self._teacher, self._student)
-        self._texts = Texts(teachers.stores, self._without, config.quiet)
+        self._known = self._documents(config.dataset, config.split)
         self.method: CrossVocab = config.cross_vocab
 
+    def _documents(self, dataset: str, split: str) -> Known:
+        if self._tokenizer is None:
+            return Texts(self._teachers.stores, self._without, self._config.quiet)
+        rows = read_documents(dataset, split=split)
+        return Readings(rows, self._tokenizer, self._student.special_ids, self._without, self._config.quiet)
+
     def over(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
-        """The documents with what the teacher reads in their place; which of them no store knows is said."""
-        asked = [self._asked(sequence, self.method) for sequence in sequences]
+        """The documents with what the teacher reads in their place; which of them nobody knows is said."""
+        return self._all_over(sequences, self._known, say)
+
+    def over_held_out(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
+        """The same of the held-out documents."""
+        config = self._config
+        if self._tokenizer is None or not sequences:
+            return self._all_over(sequences, self._known, say)
+        known = self._documents(config.valid_dataset or config.dataset, config.valid_split or "train")
+        return self._all_over(sequences, known, say)
+
+    def _all_over(
+        self, sequences: Sequence[TokenSequence], known: Known, say: Callable[[str], object]
+    ) -> list[TokenSequence]:
+        asked = [self._asked(sequence, known, self.method) for sequence in sequences]
         unknown = [s.where for s, its in zip(sequences, asked, strict=True) if its.positions[0] == NOWHERE]
         if unknown:
             named = ", ".join(unknown[:NAMED]) + (", ..." if len(unknown) > NAMED else "")
-            say(f"{len(unknown):,} of {len(sequences):,} documents have a text that no store begins with: {named}")
+            why = "a text that no store begins with" if self._tokenizer is None else "another text for the teacher"
+            say(f"{len(unknown):,} of {len(sequences):,} documents have {why}: {named}")
         return [replace(sequence, asked=its) for sequence, its in zip(sequences, asked, strict=True)]
 
-    def _asked(self, sequence: TokenSequence, method: CrossVocab) -> Asked:
+    def _asked(self, sequence: TokenSequence, documents: Known, method: CrossVocab) -> Asked:
         """What the teacher reads in place of a document."""
-        own = spell(sequence.token_ids, self._student, self._without)
-        known = self._texts.find(own)
+        known = documents.find(sequence, spell(sequence.token_ids, self._student, self._without))
         if known is None:
             return unknown_asked(len(sequence.token_ids), spans=method == "span")
         if method == "span":
             return span_asked(*known)
-        return mapped_asked(*known, self._naming, unbiased=self._recipe.selection.unbiased)
+        return mapped_asked(*known, self._naming, unbiased=self._selection.unbiased)
 
     def coverage(self, sequences: Sequence[TokenSequence], method: CrossVocab) -> Coverage:
-        """What a method would teach of some documents."""
+        """What a method would teach of some documents: where a live teacher is asked, as if it had answered; its mass
+        is that of what the stores answer.
+        """
         trained, taught, masses = 0, 0, [np.empty(0)]
         for sequence in sequences:
-            asked = self._asked(sequence, method)
+            asked = self._asked(sequence, self._known, method)
             assert asked.taught is not None
             positions = np.flatnonzero(sequence.trained)
             trained += len(positions)
             found = self._teachers.of(sequence).get(asked.token_ids)
-            if found is None:
-                continue
-            own = asked.shifted(found)
-            positions = positions[positions < len(own)]
+            reach = len(asked.token_ids) - 1 if self._config.teacher else 0 if found is None else len(found)
+            positions = positions[positions < asked.answered(reach)]
             positions = positions[asked.taught[positions]]
             if asked.spans is not None:
                 positions = positions[in_whole_spans(asked.spans, positions, positions)]
-            else:
+            elif found is not None and len(found) == reach:
                 masses.append(self._naming.named_mass(found.rows(asked.positions[positions])))
             taught += len(positions)
         mass = np.concatenate(masses)
@@ -132,17 +162,17 @@ class Crossing:
                 f"--cross-vocab span has a loss of its own, and --loss names {', '.join(config.loss)}; leave --loss "
                 "out, or type --cross-vocab mapped"
             )
-        if self.method == "mapped" and self._recipe.selection.unbiased and not set(config.loss_names) <= set(LINEAR):
+        if self.method == "mapped" and self._selection.unbiased and not set(config.loss_names) <= set(LINEAR):
             raise IncompatibleStoreError(
                 f"--loss {', '.join(config.loss)} is not served across tokenizers by a sample "
-                f"({self._recipe.selection}); type `logitstore build --select top-k:50` for another store, or --loss kl"
+                f"({self._selection}); type `logitstore build --select top-k:50` for another store, or --loss kl"
             )
 
     def loss(self, loss: LogitsLoss | WeightedLoss) -> AnyLoss:
         """The loss on such targets, in place of one on the teacher's own."""
         if self.method == "span":
             return SpanLoss()
-        return self._naming.loss(loss, unbiased=self._recipe.selection.unbiased)
+        return self._naming.loss(loss, unbiased=self._selection.unbiased)
 
 
 def crossing_of(
@@ -165,13 +195,29 @@ def crossing_of(
         IncompatibleStoreError: a loss that is not served across.
         CorruptStoreError: a store's bytes are not those that were written.
     """
-    if not teachers.stores or not config.distils:
+    if not config.distils:
         return None
     own = vocabulary_of(student.tokenizer).fingerprint()
-    if all(store.manifest.tokenizer.fingerprint == own for store in teachers.stores):
+    flag = "--teacher-tokenizer" if config.teacher_tokenizer else "--teacher"
+    source = config.teacher_tokenizer or config.teacher
+    tokenizer = None if source is None else load_tokenizer(source, flag)
+    theirs = None if tokenizer is None else vocabulary_of(tokenizer).fingerprint()
+    found = teachers.stores[0].manifest.tokenizer.fingerprint if teachers.stores else theirs
+    if theirs is not None and theirs != found:
+        raise IncompatibleStoreError(
+            f"{teachers.stores[0].path} was built with tokenizer {found} (teacher "
+            f"{teachers.stores[0].manifest.teacher.name}), {flag} {source} has {theirs}; type {flag} with the "
+            "model that built it"
+        )
+    if found == own:
+        if config.teacher_tokenizer is not None:
+            raise ConfigError(
+                f"--teacher-tokenizer {config.teacher_tokenizer} is the tokenizer that student {config.student} has "
+                "too; leave it out"
+            )
         return None
-    require_crossable(config, teachers, own)
-    crossing = Crossing(config, teachers, student, width)
+    require_crossable(config, str(found), own)
+    crossing = Crossing(config, teachers, tokenizer, student, width)
     say(f"the teacher's tokenizer is another one; {crossing.described(student.name)}")
     numbers = np.random.default_rng(config.seed).permutation(len(sequences))[:SAMPLED].tolist()
     some = [sequences[number] for number in numbers]
@@ -195,15 +241,15 @@ def crossing_of(
     return crossing
 
 
-def require_crossable(config: TrainConfig, teachers: Teachers, student_fingerprint: str) -> None:
+def require_crossable(config: TrainConfig, teacher_fingerprint: str, student_fingerprint: str) -> None:
     """Check that nothing else reads the student's tokens as the teacher's.
 
     Raises:
         ConfigError: a flag that does.
     """
-    store = teachers.stores[0]
     for given, flag in (
-        (config.teacher is not None, "--teacher"),
+        (config.on_policy > 0, "--on-policy"),
+        (config.attention_loss is not None, "--attention-loss"),
         (config.combination.several, "--store of several teachers"),
         (config.hidden_loss is not None, "--hidden-loss"),
         (bool(config.teacher_measures), f"{', '.join(config.teacher_measures)} of a document"),
@@ -211,7 +257,7 @@ def require_crossable(config: TrainConfig, teachers: Teachers, student_fingerpri
     ):
         if given:
             raise ConfigError(
-                f"{store.path} was built with tokenizer {store.manifest.tokenizer.fingerprint} (teacher "
-                f"{store.manifest.teacher.name}), student {config.student} has {student_fingerprint}, and {flag} needs "
-                "the teacher's; leave it out, or type --student with a model of the teacher's tokenizer"
+                f"the teacher has tokenizer {teacher_fingerprint}, student {config.student} has {student_fingerprint}, "
+                f"and {flag} needs the teacher's; leave it out, or type --student with a model of the teacher's "
+                "tokenizer"
             )

@@ -75,7 +75,7 @@ def target_source(
         teachers: from `open_stores`.
         tokenizer: the student's.
         say: takes the one line that the teacher is lost, if it is.
-        crosses: the stores are of another tokenizer, and a `Crossing` sees to it.
+        crosses: the teacher has another tokenizer, and a `Crossing` sees to it.
 
     Raises:
         IncompatibleStoreError: store, teacher and student do not belong together.
@@ -96,7 +96,7 @@ def target_source(
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
     if recipe is None:
-        if teacher.vocabulary.fingerprint() != fingerprint:
+        if teacher.vocabulary.fingerprint() != fingerprint and not crosses:
             raise ConfigError(
                 f"teacher {config.teacher} and student {config.student} have different tokenizers; "
                 "type --student with a model of the teacher's tokenizer"

@@ -1,28 +1,50 @@
-"""Finds a store's documents by their text, whatever tokens spell it: for students of another tokenizer.
+"""Finds what a teacher with another tokenizer reads in place of a student's document, and aligns the two.
 
-Reads the tokens of every document of the store once, and keeps hashes of how their texts begin.
+By their text, among the documents of its stores, whoever made their tokens (`Texts`); or by reading the dataset again
+with the teacher's own tokenizer, where that is at hand (`Readings`).
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import count
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from logitstore.alignment import Spelled, common_prefix, spell
+from logitstore.alignment import Alignment, Spelled, by_text, by_turns, common_prefix, spell, turns
 from logitstore.contract import Store
+from logitstore.documents import Document
+from logitstore.sequences import TokenSequence, tokenize
+from logitstore.vocabulary import vocabulary_of
 
 FIRST = 16
 """Bytes of the shortest beginning that is looked up; each further one is four times as long."""
+UNCUT = 1 << 31
 MOST_ALIKE = 64
 """Of documents that begin alike, so many are compared with the text that is looked up."""
 
 
+Found = tuple[npt.NDArray[np.int32], Alignment]
+"""The teacher's tokens, and the student's document aligned with them."""
+
+
+class Known(Protocol):
+    """Who finds what the teacher reads."""
+
+    def find(self, sequence: TokenSequence, own: Spelled) -> Found | None:
+        """What the teacher reads in place of a student's document; None where that is not known, or other text.
+
+        Args:
+            own: how the student's tokens spell it.
+        """
+        ...
+
+
 class Texts:
-    """The documents of some stores with one tokenizer, by text."""
+    """The documents of some stores with one tokenizer, by text: hashes of how each begins are kept."""
 
     def __init__(self, stores: Sequence[Store], without: bytes, quiet: bool) -> None:
         """Read every document's tokens.
@@ -45,26 +67,62 @@ class Texts:
                         self._places[beginning].append((which, number))
                     bar.update()
 
-    def find(self, own: Spelled) -> tuple[npt.NDArray[np.int32], Spelled, Spelled] | None:
-        """The document with the longest beginning of a text: the store's tokens, how they spell it, and how the
-        student's do beside them; None where none begins like it.
+    def find(self, sequence: TokenSequence, own: Spelled) -> Found | None:
+        """See `Known`: the document with the longest beginning of the student's.
 
         Raises:
             CorruptStoreError: a store's bytes are not those that were written.
         """
+        del sequence  # its text is all that a store knows of it
         for spelled in (own, own.after_space()):
             for beginning in reversed(list(_beginnings(spelled.text))):
                 places = self._places.get(beginning, [])[:MOST_ALIKE]
                 if places:
                     text = spelled.text
                     found = (self._read(*place) for place in places)
-                    return *max(found, key=lambda document: common_prefix(document[1].text, text)), spelled
+                    token_ids, other = max(found, key=lambda document: common_prefix(document[1].text, text))
+                    return token_ids, by_text(spelled, other)
         return None
 
     def _read(self, which: int, number: int) -> tuple[npt.NDArray[np.int32], Spelled]:
         store = self._stores[which]
         token_ids = store.token_ids(number)
         return token_ids, spell(token_ids, store.vocabulary, self._without)
+
+
+class Readings:
+    """A dataset as the teacher's tokenizer reads it.
+
+    Args:
+        rows: of the dataset that the student reads.
+        special_ids: of the student's tokens.
+        without: bytes that are left out of all texts.
+
+    Raises:
+        DatasetError, ModelError: as `tokenize`.
+    """
+
+    def __init__(
+        self, rows: Iterable[Document], tokenizer: Any, special_ids: Set[int], without: bytes, quiet: bool
+    ) -> None:
+        self._vocabulary, self._special_ids, self._without = vocabulary_of(tokenizer), special_ids, without
+        bar = tqdm(rows, desc="read as the teacher does", unit="doc", delay=1, leave=False, disable=quiet)
+        self._sequences = {sequence.where: sequence for sequence in tokenize(bar, tokenizer, UNCUT)}
+
+    def find(self, sequence: TokenSequence, own: Spelled) -> Found | None:
+        """See `Known`. By all of the text where it is the same; else turn by turn, where templates differ."""
+        read = self._sequences.get(sequence.where)
+        if read is None:
+            return None
+        other = spell(read.token_ids, self._vocabulary, self._without)
+        found: Alignment | None = by_text(own, other)
+        if common_prefix(own.text, other.text) < min(len(own.text), len(other.text)):
+            its, others = turns(sequence, self._special_ids), turns(read, self._vocabulary.special_ids)
+            found = by_turns(own, its, other, others)
+        if found is None:
+            return None
+        needed = int(found.met.max(initial=0)) + 2  # what comes after is another text, or was cut for the student
+        return read.token_ids[:needed], found
 
 
 def _beginnings(text: bytes) -> Iterator[bytes]:

@@ -101,7 +101,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     held_out = read_held_out(config, student.tokenizer, sequences, say)
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
     if crossing is not None:
-        sequences, held_out = crossing.over(sequences, say), crossing.over(held_out, say)
+        sequences, held_out = crossing.over(sequences, say), crossing.over_held_out(held_out, say)
 
     folder = output_folder(Path(config.out), new=not config.resume) if among.first else nullcontext(Path(config.out))
     with folder as out:
