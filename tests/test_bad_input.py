@@ -165,8 +165,8 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         ),
         (TRAIN + " --select top-k:4", r"built with --select threshold:16, .* `logitstore build --select top-k:4`"),
         (
-            TRAIN + " --student {folder}/foreign --teacher {teacher}",
-            r"built with tokenizer .* student .*foreign has .*, and --teacher needs the teacher's; leave it out",
+            TRAIN + " --student {folder}/foreign --hidden-loss mse --layer-map 0:0",
+            r"has tokenizer .* student .*foreign has .*, and --hidden-loss needs the teacher's; leave it out",
         ),
         (TRAIN + " --max-seq-length 9", r"documents are not in the store \(is --max-seq-length 9 .*; type --teacher T"),
         # moving stores
@@ -241,8 +241,8 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
             r"nothing to distil from; type --store STORE, --teacher T, or --alpha 0",
         ),
         (
-            "distill-train --student {student} --teacher {folder}/foreign --dataset {data} --out {new}",
-            r"have different tokenizers; type --student",
+            "distill-train --student {student} --teacher {folder}/foreign --attention-loss kl --dataset {data} --out {new}",
+            r"has tokenizer .*, student .* has .*, and --attention-loss needs the teacher's; leave it out",
         ),
         (
             "distill-train --student {student} --teacher {teacher} --select top-k:999 --dataset {data} --out {new}",

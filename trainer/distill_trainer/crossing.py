@@ -198,25 +198,18 @@ def crossing_of(
     if not config.distils:
         return None
     own = vocabulary_of(student.tokenizer).fingerprint()
-    flag = "--teacher-tokenizer" if config.teacher_tokenizer else "--teacher"
-    source = config.teacher_tokenizer or config.teacher
-    tokenizer = None if source is None else load_tokenizer(source, flag)
-    theirs = None if tokenizer is None else vocabulary_of(tokenizer).fingerprint()
-    found = teachers.stores[0].manifest.tokenizer.fingerprint if teachers.stores else theirs
-    if theirs is not None and theirs != found:
-        raise IncompatibleStoreError(
-            f"{teachers.stores[0].path} was built with tokenizer {found} (teacher "
-            f"{teachers.stores[0].manifest.teacher.name}), {flag} {source} has {theirs}; type {flag} with the "
-            "model that built it"
-        )
-    if found == own:
+    if teachers.stores and teachers.stores[0].manifest.tokenizer.fingerprint == own:
         if config.teacher_tokenizer is not None:
             raise ConfigError(
-                f"--teacher-tokenizer {config.teacher_tokenizer} is the tokenizer that student {config.student} has "
-                "too; leave it out"
+                f"{teachers.stores[0].path} was built with the tokenizer that student {config.student} has; "
+                "leave --teacher-tokenizer out"
             )
         return None
-    require_crossable(config, str(found), own)
+    tokenizer = teachers_tokenizer(config, teachers)
+    theirs = str(teachers.stores[0].manifest.tokenizer.fingerprint if teachers.stores else _fingerprint(tokenizer))
+    if theirs == own:
+        return None
+    require_crossable(config, theirs, own)
     crossing = Crossing(config, teachers, tokenizer, student, width)
     say(f"the teacher's tokenizer is another one; {crossing.described(student.name)}")
     numbers = np.random.default_rng(config.seed).permutation(len(sequences))[:SAMPLED].tolist()
@@ -239,6 +232,33 @@ def crossing_of(
         )
     crossing.require_loss(config)
     return crossing
+
+
+def teachers_tokenizer(config: TrainConfig, teachers: Teachers) -> Any | None:
+    """The teacher's tokenizer, where one is at hand.
+
+    Raises:
+        ModelError: it does not load.
+        IncompatibleStoreError: it is not the one that the stores were built with.
+    """
+    flag = "--teacher-tokenizer" if config.teacher_tokenizer else "--teacher"
+    source = config.teacher_tokenizer or config.teacher
+    if source is None:
+        return None
+    tokenizer = load_tokenizer(source, flag)
+    theirs = _fingerprint(tokenizer)
+    for store in teachers.stores:
+        manifest = store.manifest
+        if manifest.tokenizer.fingerprint != theirs:
+            raise IncompatibleStoreError(
+                f"{store.path} was built with tokenizer {manifest.tokenizer.fingerprint} (teacher "
+                f"{manifest.teacher.name}), {flag} {source} has {theirs}; type {flag} with the model that built it"
+            )
+    return tokenizer
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    return vocabulary_of(tokenizer).fingerprint()
 
 
 def require_crossable(config: TrainConfig, teacher_fingerprint: str, student_fingerprint: str) -> None:

@@ -79,8 +79,7 @@ def target_source(
 
     Raises:
         IncompatibleStoreError: store, teacher and student do not belong together.
-        ConfigError: without a store, a teacher of another tokenizer than the student's, or one with fewer tokens than
-            the selection keeps.
+        ConfigError: without a store, a teacher with fewer tokens than the selection keeps.
         ModelError: the teacher does not load.
         StoreWriteError: answers cannot be kept, or another run keeps its own there.
     """
@@ -96,11 +95,6 @@ def target_source(
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
     if recipe is None:
-        if teacher.vocabulary.fingerprint() != fingerprint and not crosses:
-            raise ConfigError(
-                f"teacher {config.teacher} and student {config.student} have different tokenizers; "
-                "type --student with a model of the teacher's tokenizer"
-            )
         selection = Selection.parse(config.select or "threshold:16")
         recipe = Recipe(selection, spaced(config.temperature_schedule), seed=0, vocab_size=teacher.vocab_size)
     if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
