@@ -241,8 +241,8 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
             r"nothing to distil from; type --store STORE, --teacher T, or --alpha 0",
         ),
         (
-            "distill-train --student {student} --teacher {folder}/foreign --attention-loss kl --dataset {data} --out {new}",
-            r"has tokenizer .*, student .* has .*, and --attention-loss needs the teacher's; leave it out",
+            "distill-train --student {student} --teacher {folder}/foreign --on-policy 1 --dataset {data} --out {new}",
+            r"has tokenizer .*, student .* has .*, and --on-policy needs the teacher's; leave it out",
         ),
         (
             "distill-train --student {student} --teacher {teacher} --select top-k:999 --dataset {data} --out {new}",
