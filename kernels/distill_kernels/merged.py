@@ -27,7 +27,7 @@ class MergedLoss(RowLoss):
         dz_j = d_j outside M,   d_cell · exp(z_j / T) / sum_{i in M} exp(z_i / T) inside
 
     Attributes:
-        inner: the loss.
+        inner: the loss of z'.
         mask: bool [V]; M.
         cell: one of M.
     """
@@ -38,7 +38,7 @@ class MergedLoss(RowLoss):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The rows, in order: those of the loss."""
+        """The rows that it takes, in order: those of `inner`."""
         return self.inner.names
 
     @property
@@ -76,7 +76,7 @@ class MergedLoss(RowLoss):
         return mx.where(self.mask, mx.where(is_cell, self.temperature * lse_of_m[:, None], -mx.inf), z)
 
     def _parted(self, rows: Arrays) -> tuple[list[mx.array], mx.array]:
-        """Return the rows with no label, whose own logit z' may lack, and the labels."""
+        """Return the rows with -1 for each label, whose column z' may lack, and the labels."""
         at = self.names.index("labels")
         targets = list(rows)
         targets[at] = mx.full(rows[at].shape, -1, mx.int32)

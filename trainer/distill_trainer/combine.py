@@ -147,19 +147,23 @@ class Combination:
             say(f"at each position the one that gave the label more: {', '.join(names)}")
         elif self.column is not None:
             found = [str(sequence.columns[self.column]) for sequence in sequences]
-            for value in self.values:
-                if value not in found:
-                    near = difflib.get_close_matches(value, set(found), 1)
-                    raise ConfigError(
-                        f"no document has {value} as its {self.column}; "
-                        + (f"did you mean {near[0]}? " if near else "")
-                        + f"type --store with one of {', '.join(sorted(set(found))[:5])}"
-                    )
+            self._require_taught(set(found))
             counts = [
                 f"{found.count(value):,} of {value} by {name}" for value, name in zip(self.values, names, strict=True)
             ]
             others = sum(value not in self.values for value in found)
             say(f"documents: {', '.join(counts)}; {others:,} of another {self.column}, which no store answers")
+
+    def _require_taught(self, found: set[str]) -> None:
+        """Check that every store teaches some of the values that documents have."""
+        for value in self.values:
+            if value not in found:
+                near = difflib.get_close_matches(value, found, 1)
+                raise ConfigError(
+                    f"no document has {value} as its {self.column}; "
+                    + (f"did you mean {near[0]}? " if near else "")
+                    + f"type --store with one of {', '.join(sorted(found)[:5])}"
+                )
 
 
 class Answering(Protocol):
@@ -185,6 +189,7 @@ class Teachers:
     """What they serve; None where there are none yet. Of several teachers it tells losses and temperatures, and reads
     no records."""
     of: Callable[[TokenSequence], Answering]
+    """Who answers a document."""
 
 
 def in_order(stores: Sequence[Store]) -> Teachers:

@@ -1,4 +1,4 @@
-"""`--cross-vocab`: how a run learns from stores of a teacher with another tokenizer, chosen and said before it."""
+"""`--cross-vocab`: how a run learns from stores of a teacher with another tokenizer, chosen before the first step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from logitstore.vocabulary import vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
 
 LEAST_AUTO = 0.5
-"""Of the teacher's words, positions times mass, that `mapped` must carry over for `auto` to take it."""
+"""Share of what the teacher says, positions times mass, that `mapped` must carry over for `auto` to take it."""
 SAMPLED = 64
 """Documents that coverage is measured on."""
 NAMED = 3
@@ -47,7 +47,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Both."""
+        """Of what the teacher says: positions times mass."""
         return self.positions * self.mass
 
     def __str__(self) -> str:
@@ -80,8 +80,8 @@ class Crossing:
         self._teacher = vocabulary_of(tokenizer) if tokenizer is not None else teachers.stores[0].vocabulary
         self._student = vocabulary_of(student.tokenizer)
         kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint()) if teachers.stores else None
-        self.map = map_vocabularies(self._teacher, self._student) if kept is None else kept
-        self._naming = Naming.of(self.map, self._teacher, self._student, width)
+        self._map = map_vocabularies(self._teacher, self._student) if kept is None else kept
+        self._naming = Naming.of(self._map, self._teacher, self._student, width)
         self._without = uncommon(self._teacher, self._student)
         self._known = self._documents(config.dataset, config.split)
         self.method: CrossVocab = config.cross_vocab
@@ -148,7 +148,7 @@ class Crossing:
 
     def described(self, student: str) -> str:
         """How many of the teacher's tokens have a name, in words."""
-        ids = self.map.student_ids
+        ids = self._map.student_ids
         return f"{np.count_nonzero(ids >= 0):,} of its {len(ids):,} tokens are tokens of {student} too"
 
     def require_loss(self, config: TrainConfig) -> None:
@@ -218,7 +218,8 @@ def crossing_of(
     if config.cross_vocab == "auto":
         enough = coverage.share >= LEAST_AUTO
         crossing.method = "mapped" if enough else "span"
-        why = f"mapped teaches {coverage}, {'at least' if enough else 'less than'} half of what the teacher says"
+        least = f"{'at least' if enough else 'less than'} {LEAST_AUTO:g} of what the teacher says"
+        why = f"mapped teaches {coverage}, {least}"
         say(f"--cross-vocab auto takes {crossing.method}: {why}")
         if not enough:
             coverage = crossing.coverage(some, "span")

@@ -23,7 +23,7 @@ class Objective:
     Args:
         recipe: what is kept of the teacher; None where nothing is distilled.
         where: names the store, for messages.
-        crossing: to a teacher with another tokenizer.
+        crossing: how the run crosses to a teacher with another tokenizer; None where it has the student's.
 
     Raises:
         ConfigError: a temperature that the recipe does not serve.
@@ -47,17 +47,17 @@ class Objective:
         return self._crossing is not None
 
     def temperature(self, step: int) -> float | None:
-        """Of a step's targets, known before any step is taken; None where nothing is distilled."""
+        """The temperature of a step's targets, known before any step is taken; None where nothing is distilled."""
         return None if self._ladder is None else self._ladder.at(step, self._steps)
 
     def at(self, step: int) -> AnyLoss:
-        """The loss of the next step, which is this one."""
+        """The loss of this step, which must be the next one."""
         loss = self._losses[self.temperature(step)]
         return self._across(loss if self._taid is None else interpolated(loss, self._taid.t))
 
     @property
     def last_temperature(self) -> float | None:
-        """Of the run's last step."""
+        """The temperature of the run's last step."""
         return self.temperature(self._steps)
 
     @property
@@ -69,7 +69,7 @@ class Objective:
         return loss if self._crossing is None else self._crossing.loss(loss)
 
     def shown(self, step: int) -> dict[str, float | None]:
-        """What of it moves, as metrics of the step; to be asked before `learned`."""
+        """What moves of the loss, as metrics of the step; to be asked before `learned`."""
         scheduled = self._ladder is not None and not self._ladder.schedule.constant
         shown = {"temperature": self.temperature(step)} if scheduled else {}
         return shown if self._taid is None else shown | {"taid_t": self._taid.t}

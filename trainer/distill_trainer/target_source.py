@@ -69,13 +69,13 @@ def target_source(
     *,
     crosses: bool = False,
 ) -> Iterator[TargetSource]:
-    """Give the run its source of targets; what the teacher answered is in the store when the block is left, however.
+    """Give the run its source of targets; however the block is left, what the teacher answered is in the store then.
 
     Args:
         teachers: from `open_stores`.
         tokenizer: the student's.
-        say: takes the one line that the teacher is lost, if it is.
-        crosses: the teacher has another tokenizer, and a `Crossing` sees to it.
+        say: takes a line of text for the user, where the teacher is lost.
+        crosses: the teacher has another tokenizer, and a `Crossing` carries its targets over.
 
     Raises:
         IncompatibleStoreError: store, teacher and student do not belong together.
