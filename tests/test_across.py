@@ -26,6 +26,7 @@ from distill_trainer.train import train
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns
 from logitstore.documents import Document, read_documents
 from logitstore.errors import ConfigError, IncompatibleStoreError, LogitstoreError
+from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import load_model
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
@@ -422,6 +423,33 @@ def test_what_does_not_go_across_is_refused(
     with pytest.raises(kind, match=expected):
         world.train(tmp_path / "o", student=str(other(world)), store=(str(path(world, SAMPLE)),), **options)
     assert not (tmp_path / "o").exists()
+
+
+def test_spans_are_refused_another_temperature_and_labels_that_nobody_knows(world: World, tmp_path: Path) -> None:
+    """A store's label log-probs are of temperature 1, and an imported one may not have them."""
+    world.build(tmp_path / "store.zarr", select=TRUNCATED, temperature=(2.0,))
+    options = {"student": str(other(world)), "store": (str(tmp_path / "store.zarr"),), "cross_vocab": "span"}
+    world.train(tmp_path / "untyped", **options)
+    with pytest.raises(IncompatibleStoreError, match=r"of temperature 1, and --temperature is 2; leave"):
+        world.train(tmp_path / "o", **options, temperature="2")
+    store = open_store(tmp_path / "store.zarr")
+    store.__dict__["manifest"] = replace(store.manifest, imported="dwq", unknown=(UNKNOWN_LABEL,))
+    read, student = sequences(its_own(), world), load_model(other(world))
+    for method in ("span", "mapped"):
+        config = world.config(tmp_path / "o", **options | {"cross_vocab": method, "min_coverage": 0.1})
+        asked = (config, in_order([store]), student, SMALL + 20, read, print)
+        if method == "mapped":
+            assert crossing_of(*asked) is not None
+        else:
+            with pytest.raises(IncompatibleStoreError, match="imported from dwq, which keeps no log-prob of a label"):
+                crossing_of(*asked)
+
+
+def test_another_dataset_than_the_stores_is_named_as_what_is_wrong(world: World, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} texts that nobody was asked about"} for i in range(3)])
+    options = {"student": str(other(world)), "store": (str(path(world, SAMPLE)),), "dataset": str(data)}
+    with pytest.raises(ConfigError, match=r"--store with one of these texts \(no store .* of 3 of 3 documents\)"):
+        world.train(tmp_path / "o", **options)
 
 
 def test_across_a_sample_serves_linear_losses_alone_though_it_keeps_its_tail(world: World, tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from distill_trainer.combine import Teachers
 from distill_trainer.config import TrainConfig
 from distill_trainer.kinds import CrossVocab
 from distill_trainer.losses import LINEAR, AnyLoss
+from distill_trainer.schedule import Schedule
 from distill_trainer.spans import SpanLoss, in_whole_spans
 from distill_trainer.texts import Known, Readings, Texts
 from logitstore.alignment import spell, uncommon
 from logitstore.asked import Asked
 from logitstore.documents import read_documents
 from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import LoadedModel
 from logitstore.saved_maps import saved_vocabulary_map
 from logitstore.selection import Selection
@@ -44,6 +46,8 @@ class Coverage:
     """Share of them that have targets."""
     mass: float
     """Mean share of the teacher's mass there that has a name; 1 where names do not matter."""
+    unknown: int = 0
+    """Documents with a text that no store begins with."""
 
     @property
     def share(self) -> float:
@@ -128,13 +132,14 @@ class Crossing:
         """What a method would teach of some documents: where a live teacher is asked, as if it had answered; its mass
         is that of what the stores answer.
         """
-        trained, taught, masses = 0, 0, [np.empty(0)]
+        trained, taught, unknown, masses = 0, 0, 0, [np.empty(0)]
         for sequence in sequences:
             asked = self._asked(sequence, self._known, method)
             assert asked.taught is not None
             positions = np.flatnonzero(sequence.trained)
             trained += len(positions)
             found = self._teachers.of(sequence).get(asked.token_ids)
+            unknown += bool(asked.positions[0] == NOWHERE)
             reach = len(asked.token_ids) - 1 if self._config.teacher else 0 if found is None else len(found)
             positions = positions[positions < asked.answered(reach)]
             positions = positions[asked.taught[positions]]
@@ -144,7 +149,7 @@ class Crossing:
                 masses.append(self._naming.named_mass(found.rows(asked.positions[positions])))
             taught += len(positions)
         mass = np.concatenate(masses)
-        return Coverage(taught / trained, float(mass.mean()) if len(mass) else 1.0)
+        return Coverage(taught / trained, float(mass.mean()) if len(mass) else 1.0, unknown)
 
     def described(self, student: str) -> str:
         """How many of the teacher's tokens have a name, in words."""
@@ -162,6 +167,18 @@ class Crossing:
                 f"--cross-vocab span has a loss of its own, and --loss names {', '.join(config.loss)}; leave --loss "
                 "out, or type --cross-vocab mapped"
             )
+        if self.method == "span" and config.temperature is not None and config.temperature_schedule != Schedule(1, 1):
+            raise IncompatibleStoreError(
+                f"--cross-vocab span compares likelihoods, which are of temperature 1, and --temperature is "
+                f"{config.temperature}; leave --temperature out, or type --cross-vocab mapped"
+            )
+        for store in self._teachers.stores:
+            if self.method == "span" and UNKNOWN_LABEL in store.manifest.unknown:
+                raise IncompatibleStoreError(
+                    f"{store.path} was imported from {store.manifest.imported}, which keeps no log-prob of a label "
+                    "beyond its own entries, and --cross-vocab span adds them up; type --cross-vocab mapped, or "
+                    "`logitstore build` a store"
+                )
         if self.method == "mapped" and self._selection.unbiased and not set(config.loss_names) <= set(LINEAR):
             raise IncompatibleStoreError(
                 f"--loss {', '.join(config.loss)} is not served across tokenizers by a sample "
@@ -225,11 +242,17 @@ def crossing_of(
             coverage = crossing.coverage(some, "span")
     say(f"--cross-vocab {crossing.method} teaches {coverage}, in a sample of {len(some):,} documents")
     if coverage.share < config.min_coverage:
+        nearer = "--student with a tokenizer nearer to the teacher's"
+        if 2 * coverage.unknown >= len(some):
+            nearer = (
+                f"--store with one of these texts (no store begins with those of {coverage.unknown:,} of "
+                f"{len(some):,} documents)"
+            )
         raise ConfigError(
             f"--cross-vocab {crossing.method} carries over {coverage.share:.3f} of what the teacher says ({coverage}), "
             f"expected at least {config.min_coverage:g}; type --min-coverage "
             f"{math.floor(100 * coverage.share) / 100:g} to go on all the same, --cross-vocab with another way, or "
-            "--student with a tokenizer nearer to the teacher's"
+            f"{nearer}"
         )
     crossing.require_loss(config)
     return crossing
