@@ -258,6 +258,10 @@ def test_a_student_of_another_tokenizer_learns_from_the_store_what_it_has_not_se
     assert lines[-1]["valid_kd_loss"] < lines[0]["valid_kd_loss"] - 0.003
     assert report.count.misses == 0
     assert all(0 < line["taught"] <= line["trained_tokens"] for line in lines)
+    assert report.across is not None and report.across["method"] == method
+    page = (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    assert report.across["teaches"] in page
+    assert "of trained positions, by a teacher with another tokenizer" in page
     load_model(tmp_path / "o")
 
 

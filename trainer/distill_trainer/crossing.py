@@ -89,6 +89,8 @@ class Crossing:
         self._without = uncommon(self._teacher, self._student)
         self._known = self._documents(config.dataset, config.split)
         self.method: CrossVocab = config.cross_vocab
+        self.teaches = ""
+        """What it teaches of a sample of the documents, in words."""
 
     def _documents(self, dataset: str, split: str) -> Known:
         if self._tokenizer is None:
@@ -240,7 +242,8 @@ def crossing_of(
         say(f"--cross-vocab auto takes {crossing.method}: {why}")
         if not enough:
             coverage = crossing.coverage(some, "span")
-    say(f"--cross-vocab {crossing.method} teaches {coverage}, in a sample of {len(some):,} documents")
+    crossing.teaches = f"{coverage}, in a sample of {len(some):,} documents"
+    say(f"--cross-vocab {crossing.method} teaches {crossing.teaches}")
     if coverage.share < config.min_coverage:
         nearer = "--student with a tokenizer nearer to the teacher's"
         if 2 * coverage.unknown >= len(some):

@@ -154,6 +154,11 @@ def _run_facts(lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -
         ("misses", f"{misses:,}", "positions that none did"),
         *([("not answered", f"{failed:,}", "misses on which the teacher was silent too")] if failed else []),
     ]
+    if any("taught" in line for line in lines):
+        share = sum(line.get("taught", 0) for line in lines) / max(trained, 1)
+        items.append(("taught", f"{100 * share:.1f} %", "of trained positions, by a teacher with another tokenizer"))
+    if summary.get("across"):
+        items.append(("across tokenizers", summary["across"]["method"], summary["across"]["teaches"]))
     if losses:
         items.append(("last loss", f"{losses[-1]:.4f}", f"first {losses[0]:.4f}"))
     held_out = _held_out(lines).get("valid_loss")
@@ -185,12 +190,16 @@ def _curve(lines: Sequence[Mapping[str, Any]], title: str, unit: str, keys: Sequ
 
 
 def _hit_rate(lines: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    points = [
-        (line["step"], 100 * line["hits"] / (line["hits"] + line["misses"]))
-        for line in lines
-        if line["hits"] + line["misses"]
+    shares = {
+        "hits": [(line["step"], line["hits"], line["hits"] + line["misses"]) for line in lines],
+        "taught": [(line["step"], line["taught"], line["trained_tokens"]) for line in lines if "taught" in line],
+    }
+    series = [
+        Series(name, _thinned([(step, 100 * part / whole) for step, part, whole in found if whole]))
+        for name, found in shares.items()
     ]
-    return [chart([Series("hits", _thinned(points))], "Hit rate", Axis("step"), Axis("hits", "%"))] if points else []
+    series = [one for one in series if one.points]
+    return [chart(series, "Hit rate", Axis("step"), Axis("positions", "%"))] if series else []
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

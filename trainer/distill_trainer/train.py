@@ -128,6 +128,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
             )
             run, failure = TrainReport(), None
+            run.across = None if crossing is None else {"method": crossing.method, "teaches": crossing.teaches}
             objective = Objective(config, None if source is None else source.recipe, crossing=crossing)
             stores = teachers.stores
             checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out, methods)
