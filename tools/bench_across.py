@@ -156,7 +156,7 @@ def crossing_costs(taught: Taught, folder: Path, steps: int) -> dict[str, float]
     teachers, student = open_stores(config), load_model(folder / "student-0")
     sequences = list(tokenize(read_documents(config.dataset), student.tokenizer, LENGTH))
     started = time.perf_counter()
-    crossing = Crossing(config, teachers, student, len(vocabulary_of(student.tokenizer)))
+    crossing = Crossing(config, teachers, None, student, len(vocabulary_of(student.tokenizer)))
     begun = time.perf_counter()
     crossing.method = "mapped"
     across = crossing.over(sequences, print)

@@ -14,6 +14,7 @@ from distill_trainer.schedule import Schedule
 from distill_trainer.trackers import PROJECT
 from logitstore.condition import Condition
 from logitstore.prompts import read_template
+from logitstore.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,11 @@ class TrainConfig:
         """What to type where a loss or a weight is no finite number."""
         rate = f"type --learning-rate below {self.learning_rate:g}"
         return f"{rate if self.lr_schedule is None else 'write lower rates in lr_schedule'}, or type --max-grad-norm 1"
+
+    @property
+    def live_selection(self) -> Selection:
+        """What the live teacher keeps without a store."""
+        return Selection.parse(self.select or "threshold:16")
 
     @property
     def miss_policy(self) -> OnMiss:

@@ -24,7 +24,6 @@ from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import LoadedModel
 from logitstore.saved_maps import saved_vocabulary_map
-from logitstore.selection import Selection
 from logitstore.sequences import TokenSequence
 from logitstore.tokenizer import load_tokenizer
 from logitstore.vocabulary import vocabulary_of
@@ -78,9 +77,7 @@ class Crossing:
             DatasetError, ModelError: as `tokenize`.
         """
         self._config, self._teachers, self._tokenizer = config, teachers, tokenizer
-        self._selection = (
-            Selection.parse(config.select or "threshold:16") if teachers.recipe is None else teachers.recipe.selection
-        )
+        self._selection = config.live_selection if teachers.recipe is None else teachers.recipe.selection
         self._teacher = vocabulary_of(tokenizer) if tokenizer is not None else teachers.stores[0].vocabulary
         self._student = vocabulary_of(student.tokenizer)
         kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint()) if teachers.stores else None

@@ -95,8 +95,9 @@ def target_source(
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
     if recipe is None:
-        selection = Selection.parse(config.select or "threshold:16")
-        recipe = Recipe(selection, spaced(config.temperature_schedule), seed=0, vocab_size=teacher.vocab_size)
+        recipe = Recipe(
+            config.live_selection, spaced(config.temperature_schedule), seed=0, vocab_size=teacher.vocab_size
+        )
     if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
         manifest = teacher.manifest(replace(recipe, vocab_size=teacher.vocab_size))
         wanted = replace(manifest, prompt_template=config.teacher_template)
