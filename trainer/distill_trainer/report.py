@@ -22,7 +22,7 @@ class TrainReport:
     valid: dict[str, Any] = field(default_factory=dict)
     """The last figures on held-out documents."""
     across: dict[str, str] | None = None
-    """Where the teacher has another tokenizer: the `method`, and what it `teaches` of a sample of documents, in words."""
+    """Where the teacher has another tokenizer: `method`, and what it `teaches` of a sample of documents, in words."""
     interrupted: bool = False
 
     @property
