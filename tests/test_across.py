@@ -21,7 +21,7 @@ from distill_trainer.combine import in_order
 from distill_trainer.crossing import crossing_of
 from distill_trainer.loss_values import loss_values
 from distill_trainer.spans import SpanLoss
-from distill_trainer.texts import Readings
+from distill_trainer.texts import Readings, Texts
 from distill_trainer.train import train
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns
 from logitstore.documents import Document, read_documents
@@ -447,6 +447,21 @@ def test_spans_are_refused_another_temperature_and_labels_that_nobody_knows(worl
         else:
             with pytest.raises(IncompatibleStoreError, match="imported from dwq, which keeps no log-prob of a label"):
                 crossing_of(*asked)
+
+
+def test_of_many_documents_that_begin_alike_the_one_that_goes_on_alike_is_found(tmp_path: Path) -> None:
+    """As chats under one system prompt do, which two tokenizers cut at other places."""
+    world = World(tmp_path)
+    save_tiny_model(world.teacher, seed=1, layers=1)
+    numbers = np.random.default_rng(0).permutation(150).tolist()
+    write_jsonl(world.data, [{"text": 9 * "You are careful. " + f"What is {n:03} and then some"} for n in numbers])
+    world.build(world.store, select="top-k:4")
+    texts = Texts([open_store(world.store)], b"", quiet=True)
+    for sequence in sequences(tiny_tokenizer(), world):
+        cut = sequence.token_ids[:-5]
+        found = texts.find(replace(sequence, token_ids=cut), spell(cut, vocabulary_of(tiny_tokenizer())))
+        assert found is not None
+        assert np.array_equal(found[0], sequence.token_ids)
 
 
 def test_another_dataset_than_the_stores_is_named_as_what_is_wrong(world: World, tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ with the teacher's own tokenizer, where that is at hand (`Readings`).
 """
 
 import hashlib
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence, Set
-from itertools import count
+from itertools import count, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,10 +22,11 @@ from logitstore.sequences import TokenSequence, tokenize
 from logitstore.vocabulary import vocabulary_of
 
 FIRST = 16
-"""Bytes of the shortest beginning that is looked up; each further one is four times as long."""
+"""Bytes of the shortest beginning that is looked up; each further one is `STEP` times as long."""
+STEP = 4
 UNCUT = 1 << 31
 MOST_ALIKE = 64
-"""Of documents that begin alike, so many are compared with the text that is looked up."""
+"""Of documents that begin alike, so many are compared with the text that is looked up; more are put in order."""
 
 
 Found = tuple[npt.NDArray[np.int32], Alignment]
@@ -57,13 +59,14 @@ class Texts:
         """
         self._stores, self._without = stores, without
         self._places: defaultdict[bytes, list[tuple[int, int]]] = defaultdict(list)
+        self._sorted: set[bytes] = set()
         total = sum(map(len, stores))
         bar = tqdm(total=total, desc="read the store's texts", unit="doc", delay=1, leave=False, disable=quiet)
         with bar:
             for which, store in enumerate(stores):
                 for number in range(len(store)):
                     text = self._read(which, number)[1].text
-                    for beginning in _beginnings(text):
+                    for beginning, _ in _beginnings(text):
                         self._places[beginning].append((which, number))
                     bar.update()
 
@@ -75,14 +78,30 @@ class Texts:
         """
         del sequence  # its text is all that a store knows of it
         for spelled in (own, own.after_space()):
-            for beginning in reversed(list(_beginnings(spelled.text))):
-                places = self._places.get(beginning, [])[:MOST_ALIKE]
-                if places:
+            for beginning, length in reversed(list(_beginnings(spelled.text))):
+                if beginning in self._places:
                     text = spelled.text
-                    found = (self._read(*place) for place in places)
+                    found = (self._read(*place) for place in self._alike(beginning, length, text))
                     token_ids, other = max(found, key=lambda document: common_prefix(document[1].text, text))
                     return token_ids, by_text(spelled, other)
         return None
+
+    def _alike(self, beginning: bytes, length: int, text: bytes) -> list[tuple[int, int]]:
+        """The documents with a beginning; where they are many, those beside the place of a text in their order, one of
+        which has the longest beginning of it.
+        """
+        places, most = self._places[beginning], STEP * length  # no document has more of it: the next step found none
+
+        def key(place: tuple[int, int]) -> bytes:
+            return self._read(*place)[1].text[:most]
+
+        if len(places) <= MOST_ALIKE:
+            return places
+        if beginning not in self._sorted:
+            places.sort(key=key)
+            self._sorted.add(beginning)
+        at = bisect_left(places, text[:most], key=key)
+        return places[max(at - 1, 0) : at + 1]
 
     def _read(self, which: int, number: int) -> tuple[npt.NDArray[np.int32], Spelled]:
         store = self._stores[which]
@@ -125,11 +144,8 @@ class Readings:
         return read.token_ids[:needed], found
 
 
-def _beginnings(text: bytes) -> Iterator[bytes]:
-    """Hashes of a text's first 16, 64, 256, ... bytes, and of all of it."""
-    for power in count():
-        end = FIRST * 4**power
-        if end >= len(text):
-            break
-        yield hashlib.blake2b(text[:end], digest_size=8).digest()
-    yield hashlib.blake2b(text, digest_size=8).digest()
+def _beginnings(text: bytes) -> Iterator[tuple[bytes, int]]:
+    """Hashes of a text's first 16, 64, 256, ... bytes, and of all of it; and how many these are."""
+    ends = takewhile(lambda end: end < len(text), (FIRST * STEP**power for power in count()))
+    for end in (*ends, len(text)):
+        yield hashlib.blake2b(text[:end], digest_size=8).digest(), end
