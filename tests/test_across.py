@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_trainer.across import Naming, mapped_asked, span_asked
 from distill_trainer.batches import Weighing, collate
-from distill_trainer.combine import in_order
 from distill_trainer.crossing import crossing_of
 from distill_trainer.loss_values import loss_values
 from distill_trainer.spans import SpanLoss
+from distill_trainer.teachers import in_order
 from distill_trainer.texts import Readings, Texts
 from distill_trainer.train import train
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns

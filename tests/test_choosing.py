@@ -8,10 +8,10 @@ import pytest
 
 from distill_trainer.batches import BUCKET_BATCHES, epochs
 from distill_trainer.choosing import choose
-from distill_trainer.combine import in_order
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw, by_shares
 from distill_trainer.mix import Mix
+from distill_trainer.teachers import in_order
 from distill_trainer.train import train
 from logitstore.errors import ConfigError, DatasetError, MissingTargetsError
 from logitstore.measures import measure

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from distill_trainer.combine import Combination, in_order
+from distill_trainer.combine import Combination
 from distill_trainer.mixture import best_of, mixed
 from distill_trainer.target_source import open_stores, target_source
+from distill_trainer.teachers import in_order
 from distill_trainer.train import train
 from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError, LogitstoreError
 from logitstore.model import load_model

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_trainer.combine import in_order
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import TargetSource
+from distill_trainer.teachers import in_order
 from logitstore.errors import ConfigError, IncompatibleStoreError, MissingTargetsError, StoreWriteError
 from logitstore.journal import ShardWriter
 from logitstore.store import open_store

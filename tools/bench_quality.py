@@ -26,9 +26,9 @@ import numpy as np
 from tqdm import tqdm
 
 from distill_trainer.batches import Weighing, collate, epochs
-from distill_trainer.combine import in_order
 from distill_trainer.evaluate import evaluate
 from distill_trainer.targets import TargetSource
+from distill_trainer.teachers import in_order
 from logitstore.build import BuildConfig, build
 from logitstore.contract import Store
 from logitstore.forward import document_logits

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from distill_trainer.combine import Teachers
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw, by_shares
 from distill_trainer.mix import Mix
+from distill_trainer.teachers import Teachers
 from logitstore.condition import Condition
 from logitstore.errors import ConfigError, MissingTargetsError
 from logitstore.measures import Measures, measure, require_known

@@ -10,12 +10,12 @@ from distill_kernels import LogitsLoss, WeightedLoss
 import numpy as np
 
 from distill_trainer.across import NOWHERE, Naming, mapped_asked, span_asked, unknown_asked
-from distill_trainer.combine import Teachers
 from distill_trainer.config import TrainConfig
 from distill_trainer.kinds import CrossVocab
 from distill_trainer.losses import LINEAR, AnyLoss
 from distill_trainer.schedule import Schedule
 from distill_trainer.spans import SpanLoss, in_whole_spans
+from distill_trainer.teachers import Teachers
 from distill_trainer.texts import Known, Readings, Texts
 from logitstore.alignment import spell, uncommon
 from logitstore.asked import Asked

@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distill_trainer.combine import Teachers, in_order
 from distill_trainer.config import TrainConfig
 from distill_trainer.objective import Objective
 from distill_trainer.targets import TargetSource
+from distill_trainer.teachers import Teachers, in_order
 from distill_trainer.temperatures import spaced
 from logitstore.build import open_or_create
 from logitstore.contract import Store

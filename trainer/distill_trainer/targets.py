@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
-from distill_trainer.combine import Teachers
 from distill_trainer.kinds import OnMiss
 from distill_trainer.live_teacher import LiveTeacher
+from distill_trainer.teachers import Teachers
 from logitstore.contract import Writer
 from logitstore.errors import MissingTargetsError
 from logitstore.key import document_key
