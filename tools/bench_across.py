@@ -5,8 +5,8 @@
 The teacher is the demo's, SmolLM2-135M-Instruct with 49,152 tokens, whose answers to CPython's text `bench_text` keeps.
 The student is a llama of 0.9 million parameters that begins from nothing, with a byte-level BPE of 1,024 tokens of its
 own. All methods see the same batches; the store is all that is read of the teacher. A finished run is a line of
-OUT_DIR/across.jsonl and is not run again. Writes OUT_DIR/bench_across.{txt,json}. Takes about 10 minutes beside the
-teacher's pass.
+OUT_DIR/across-TOKENS/runs.jsonl and is not run again. Writes OUT_DIR/bench_across.{txt,json}. Takes about 15 minutes
+beside the teacher's pass.
 """
 
 import argparse
@@ -48,6 +48,8 @@ LENGTH = 256
 METHODS = ("cross-entropy", "mapped", "span")
 ALPHA = 0.5
 BATCH_SIZE = 8
+LEARNING_RATE = 3e-3
+SETTINGS = {"alpha": ALPHA, "length": LENGTH, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
 
 
 def main() -> None:
@@ -60,16 +62,18 @@ def main() -> None:
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     taught = teach(out, arguments.tokens)
-    folder = out / "across"
+    folder = out / f"across-{arguments.tokens}"
     folder.mkdir(exist_ok=True)
     teacher_bits = write_text(taught, folder)
 
-    runs = out / "across.jsonl"
-    done = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+    runs = folder / "runs.jsonl"
+    settings = SETTINGS | {"steps": arguments.steps}
+    lines = [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+    done = [run for run in lines if run["settings"] == settings]
     for seed in map(int, arguments.seeds.split(",")):
         student = begun_student(folder, seed)
         for method in METHODS:
-            if any((run["method"], run["seed"], run["steps"]) == (method, seed, arguments.steps) for run in done):
+            if any((run["method"], run["seed"]) == (method, seed) for run in done):
                 continue
             config = config_of(taught, folder, student, method, seed, arguments.steps)
             shutil.rmtree(config.out, ignore_errors=True)
@@ -77,10 +81,9 @@ def main() -> None:
             trained = load_model(config.out)
             bits = bits_per_byte(trained, held_out(folder, trained))
             step_s = report.elapsed_s / report.steps
-            done.append({"method": method, "seed": seed, "steps": arguments.steps, "bits": bits, "step_s": step_s})
+            done.append({"method": method, "seed": seed, "settings": settings, "bits": bits, "step_s": step_s})
             with runs.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
-    done = [run for run in done if run["steps"] == arguments.steps]
     costs = crossing_costs(taught, folder, arguments.steps)
     show(out, found(done, teacher_bits, costs, arguments.steps), {"runs": done, "teacher": teacher_bits, **costs})
 
@@ -127,7 +130,7 @@ def config_of(taught: Taught, folder: Path, student: Path, method: str, seed: in
     return TrainConfig(
         student=str(student), dataset=str(folder / "train.jsonl"), out=str(folder / f"{method}-{seed}"),
         fine_tune_type="full", iters=steps, batch_size=BATCH_SIZE, max_seq_length=LENGTH, learning_rate=3e-3,
-        lr_schedule={"name": "cosine_decay", "arguments": [3e-3, steps], "warmup": steps // 10}, max_grad_norm=1.0,
+        lr_schedule={"name": "cosine_decay", "arguments": [LEARNING_RATE, steps], "warmup": steps // 10}, max_grad_norm=1.0,
         seed=seed, quiet=True, **own,
     )  # fmt: skip
 
