@@ -129,9 +129,9 @@ def config_of(taught: Taught, folder: Path, student: Path, method: str, seed: in
     own: dict[str, Any] = {"alpha": 0.0} if method == "cross-entropy" else {"alpha": ALPHA, **distils}
     return TrainConfig(
         student=str(student), dataset=str(folder / "train.jsonl"), out=str(folder / f"{method}-{seed}"),
-        fine_tune_type="full", iters=steps, batch_size=BATCH_SIZE, max_seq_length=LENGTH, learning_rate=3e-3,
-        lr_schedule={"name": "cosine_decay", "arguments": [LEARNING_RATE, steps], "warmup": steps // 10}, max_grad_norm=1.0,
-        seed=seed, quiet=True, **own,
+        fine_tune_type="full", iters=steps, batch_size=BATCH_SIZE, max_seq_length=LENGTH, max_grad_norm=1.0, seed=seed,
+        lr_schedule={"name": "cosine_decay", "arguments": [LEARNING_RATE, steps], "warmup": steps // 10}, quiet=True,
+        **own,
     )  # fmt: skip
 
 
