@@ -1,5 +1,6 @@
 """Students of another tokenizer than the teacher's, from its store alone."""
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +10,22 @@ import distill_kernels
 from distill_kernels import SparseKL
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 import pytest
+from mlx.utils import tree_flatten
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from distill_trainer.across import Naming, mapped_asked, span_asked
+from distill_trainer.across import Naming, gold_asked, mapped_asked, span_asked, uld_asked
 from distill_trainer.batches import Weighing, collate
 from distill_trainer.crossing import crossing_of
 from distill_trainer.loss_values import loss_values
 from distill_trainer.spans import SpanLoss
 from distill_trainer.teachers import in_order
 from distill_trainer.texts import Readings, Texts
-from distill_trainer.train import train
+from distill_trainer.train import batch_loss, train
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns
 from logitstore.documents import Document, read_documents
 from logitstore.errors import ConfigError, IncompatibleStoreError, LogitstoreError
@@ -177,6 +180,39 @@ def test_a_span_has_the_likelihood_of_the_teachers_tokens_in_it(world: World) ->
     assert many > 10
 
 
+def test_gold_targets_are_the_teachers_at_the_end_of_a_span_and_its_log_prob_up_to_there(world: World) -> None:
+    """By hand: bytes to ids in a dictionary, exact names alone, ranks by sorting; every span of every document."""
+    own, theirs = vocabulary_of(its_own()), vocabulary_of(tiny_tokenizer())
+    spelled = {token: i for i, token in enumerate(own.tokens)}
+    names, many, ranked = naming(links=False), 0, 0
+    for one, its in pairs(world):
+        of_own, of_theirs = spell(one.token_ids, own), spell(its.token_ids, theirs)
+        asked = gold_asked(its.token_ids, by_text(of_own, of_theirs), names)
+        stored = open_store(path(world, TRUNCATED)).get(its.token_ids)
+        assert stored is not None and asked.spans is not None
+        found, p = asked.shifted(stored), log_probs(world, its.token_ids)
+        for last in sorted(set(asked.spans.tolist()) - {-1}):
+            begins, ends = (of_own.ends[at] for at in (asked.spans.tolist().index(last), last + 1))
+            rows = [t for t in range(len(its.trained)) if begins <= of_theirs.ends[t] < ends]
+            of_text = sum(p[t, its.token_ids[t + 1]] for t in rows[:-1])
+            assert found.label_log_prob[last] == pytest.approx(of_text, abs=(len(rows) - 1) / 16)
+            many += len(rows) > 1
+            entries = sorted(zip(stored.weights[rows[-1]].tolist(), stored.ids[rows[-1]].tolist(), strict=True))[::-1]
+            expected, nameless = {}, []
+            for weight, token in entries:
+                if theirs.tokens[token] in spelled:
+                    expected[spelled[theirs.tokens[token]]] = weight
+                else:
+                    nameless.append(weight)
+            got = {int(i): w for i, w in zip(found.ids[last], found.weights[last], strict=True) if w > 0}
+            assert [got.pop(SMALL + 20 + rank) for rank in range(len(nameless))] == pytest.approx(nameless, rel=1e-6)
+            assert got == pytest.approx(expected, rel=1e-6)
+            assert found.log_tail_mass[last] == stored.log_tail_mass[rows[-1]]
+            ranked += len(nameless)
+    assert many > 3
+    assert ranked > 50
+
+
 @pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
 def test_between_identical_tokenizers_mapped_gives_the_ordinary_batch_bit_for_bit(world: World, select: str) -> None:
     """But for the order of a row's entries."""
@@ -206,6 +242,59 @@ def test_between_identical_tokenizers_mapped_gives_the_ordinary_batch_bit_for_bi
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize(("method", "of_rounding"), [("uld", 0.03), ("gold", 5e-4)])
+def test_the_teacher_has_next_to_nothing_to_learn_of_itself(world: World, method: str, of_rounding: float) -> None:
+    """What there is comes of the store's rounding, to 1/16 nat."""
+    vocabulary = vocabulary_of(tiny_tokenizer())
+    same = Naming.of(map_vocabularies(vocabulary, vocabulary), vocabulary, vocabulary, 384, links=False)
+    across, targets = [], []
+    for sequence in sequences(tiny_tokenizer(), world):
+        ids, text = sequence.token_ids, spell(sequence.token_ids, vocabulary)
+        across.append(
+            replace(
+                sequence,
+                asked=gold_asked(ids, by_text(text, text), same)
+                if method == "gold"
+                else uld_asked(ids, by_text(text, text)),
+            )
+        )
+        stored = open_store(path(world, TRUNCATED)).get(ids)
+        assert stored is not None
+        targets.append(across[-1].own(stored))
+    batch = collate(across, targets, Weighing(1.0, "error"))
+    assert batch is not None
+    found = []
+    for model in (world.teacher, world.student):
+        head = distill_kernels.split_head(load_model(model).model)
+        kd = loss_values(head, same.gold_loss(1.0) if method == "gold" else same.sorted_loss(1.0), batch)[0]
+        found.append(np.array(kd)[np.array(batch.kd_weight) > 0].mean())
+    assert found[0] < of_rounding < found[1] / 4
+
+
+@pytest.mark.parametrize("method", ["uld", "gold"])
+def test_a_chunked_head_gives_the_losses_and_the_gradient_of_whole_logits(world: World, method: str) -> None:
+    names, chosen, targets = naming(links=False), [], []
+    for one, its in pairs(world)[:3]:
+        ids = its.token_ids
+        met = by_text(spell(one.token_ids, vocabulary_of(its_own())), spell(ids, vocabulary_of(tiny_tokenizer())))
+        chosen.append(replace(one, asked=gold_asked(ids, met, names) if method == "gold" else uld_asked(ids, met)))
+        stored = open_store(path(world, TRUNCATED)).get(ids)
+        assert stored is not None
+        targets.append(chosen[-1].own(stored))
+    batch = collate(chosen, targets, Weighing(0.7, "error"))
+    assert batch is not None
+    model = load_model(other(world)).model
+    losses = names.gold_loss(1.0) if method == "gold" else names.sorted_loss(1.0)
+    split = distill_kernels.split_head(model)
+    assert split.reason is None
+    found = []
+    for head in (split, distill_kernels.Head(model, reason="tried whole")):
+        means, gradients = nn.value_and_grad(model, lambda b, head=head: batch_loss(head, losses, b))(batch)
+        found.append([*map(np.array, means), *(np.array(g) for _, g in tree_flatten(gradients))])
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
 def permuted(tokenizer: PreTrainedTokenizerFast, order: npt.NDArray[np.int64]) -> PreTrainedTokenizerFast:
     """The same tokenizer with other numbers: token i is order[i]."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -218,11 +307,16 @@ def permuted(tokenizer: PreTrainedTokenizerFast, order: npt.NDArray[np.int64]) -
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(description)), **names)
 
 
-@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+@pytest.mark.parametrize(
+    ("select", "method", "loss"),
+    [(SAMPLE, "mapped", "kl"), (TRUNCATED, "mapped", "kl"), (TRUNCATED, "gold", "jsd:0.5")],
+)
 def test_a_student_whose_tokens_are_numbered_otherwise_learns_the_same(
-    world: World, tmp_path: Path, select: str
+    world: World, tmp_path: Path, select: str, method: str, loss: str
 ) -> None:
-    """Its head wider by padding too, which makes a difference to a softmax: so both are as wide."""
+    """Its head wider by padding too, which makes a difference to a softmax: so both are as wide. `gold` has a loss of
+    its own, which is this one where each token has a name and each span is a token.
+    """
     order = np.random.default_rng(0).permutation(384)
     tokenizer = permuted(tiny_tokenizer(), order)
     save_tiny_model(tmp_path / "plain", seed=2)
@@ -238,29 +332,43 @@ def test_a_student_whose_tokens_are_numbered_otherwise_learns_the_same(
             tmp_path / f"{student}-out",
             student=str(tmp_path / student),
             store=(str(path(world, select)),),
-            **LEARNING | {"cross_vocab": "mapped", "min_coverage": 1.0},
+            **LEARNING | {"cross_vocab": method, "min_coverage": 1.0},
+            loss=(loss if method == "mapped" or student == "plain" else "kl",),
         )
         curves.append([line["loss"] for line in lines])
         assert ("taught" in lines[0]) == (student == "permuted")
     assert curves[1] == pytest.approx(curves[0], abs=2e-5)
 
 
-@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
-@pytest.mark.parametrize("method", ["mapped", "span"])
+LONGER = {"learning_rate": 3e-3, "iters": 20}
+"""What `gold` needs of these texts: most of a likelihood that is a product is small whatever the student says."""
+
+
+@pytest.mark.parametrize(
+    ("select", "method", "less", "options"),
+    [
+        (SAMPLE, "mapped", 0.003, {}),
+        (TRUNCATED, "mapped", 0.003, {}),
+        (SAMPLE, "span", 0.003, {}),
+        (TRUNCATED, "span", 0.003, {}),
+        (TRUNCATED, "uld", 0.003, {}),
+        (TRUNCATED, "gold", 0.001, LONGER),
+    ],
+)
 def test_a_student_of_another_tokenizer_learns_from_the_store_what_it_has_not_seen(
-    world: World, tmp_path: Path, select: str, method: str
+    world: World, tmp_path: Path, select: str, method: str, less: float, options: dict[str, Any]
 ) -> None:
     shown = {"dataset": str(world.folder), "valid_split": "valid", "steps_per_eval": 1}
     store = (str(path(world, select)),)
     report, lines = world.train(
-        tmp_path / "o", student=str(other(world)), store=store, cross_vocab=method, **LEARNING, **shown
+        tmp_path / "o", student=str(other(world)), store=store, cross_vocab=method, **LEARNING | options, **shown
     )
-    assert lines[-1]["valid_kd_loss"] < lines[0]["valid_kd_loss"] - 0.003
+    assert lines[-1]["valid_kd_loss"] < lines[0]["valid_kd_loss"] - less
     assert report.count.misses == 0
     assert all(0 < line["taught"] <= line["trained_tokens"] for line in lines)
     assert report.across is not None and report.across["method"] == method
     page = (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
-    assert report.across["teaches"] in page
+    assert html.escape(report.across["teaches"]) in page
     assert "of trained positions, by a teacher with another tokenizer" in page
     load_model(tmp_path / "o")
 
@@ -361,6 +469,30 @@ def test_auto_takes_mapped_where_it_carries_half_over_and_spans_elsewhere_and_sa
         assert "the teacher's tokenizer is another one" in told
 
 
+def test_a_run_says_which_share_of_positions_and_of_named_mass_it_teaches(world: World, tmp_path: Path) -> None:
+    """`uld` reads no names; of `gold` exact ones count, at the end of each span."""
+    own, theirs = vocabulary_of(its_own()), vocabulary_of(tiny_tokenizer())
+    spelled, trained, inside, masses = set(own.tokens), 0, 0, []
+    for one, its in pairs(world):
+        stored = open_store(path(world, TRUNCATED)).get(its.token_ids)
+        assert stored is not None
+        asked = span_asked(its.token_ids, by_text(spell(one.token_ids, own), spell(its.token_ids, theirs)))
+        trained, inside = trained + len(one.trained), inside + np.count_nonzero(asked.spans >= 0)
+        for last in set(asked.spans.tolist()) - {-1}:
+            row = asked.positions[last]
+            named = np.array([theirs.tokens[i] in spelled for i in stored.ids[row]])
+            masses.append(stored.weights[row][named].sum() / stored.weights[row].sum())
+    of_names = f", with names for {100 * np.mean(masses):.1f} % of"
+    for method, positions, then in (
+        ("uld", len(masses), ", in"),
+        ("gold", inside, of_names),
+    ):  # each span begins at one
+        said: list[str] = []
+        options = {"student": str(other(world)), "store": (str(path(world, TRUNCATED)),), "cross_vocab": method}
+        train(world.config(tmp_path / method, **options, min_coverage=0.3, iters=1), said.append)
+        assert f"{method} teaches {100 * positions / trained:.1f} % of trained positions{then}" in "\n".join(said)
+
+
 def test_texts_that_no_store_holds_are_named_and_counted_as_misses(world: World, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in (*CORPUS, "a text that nobody was asked about")])
     said: list[str] = []
@@ -415,7 +547,11 @@ def test_a_document_that_is_cut_or_goes_on_is_answered_as_far_as_the_texts_agree
         ({"filter": ("nll<3",)}, ConfigError, "nll of a document needs"),
         ({"loss": ("jsd",), "cross_vocab": "mapped", "min_coverage": 0.1}, IncompatibleStoreError, "cannot serve"),
         ({"loss": ("soft-ce",), "cross_vocab": "span"}, IncompatibleStoreError, "span has a loss of its own"),
-        ({"cross_vocab": "maped"}, ConfigError, "cross_vocab is maped; type --cross-vocab auto|mapped|span"),
+        ({"loss": ("soft-ce",), "cross_vocab": "uld"}, IncompatibleStoreError, "uld has a loss of its own"),
+        ({"loss": ("kl=0.5",), "cross_vocab": "gold"}, IncompatibleStoreError, "gold has a loss of its own"),
+        ({"cross_vocab": "uld"}, IncompatibleStoreError, "threshold:16.*build --select top-k:50"),
+        ({"cross_vocab": "gold"}, IncompatibleStoreError, "threshold:16.*build --select top-k:50"),
+        ({"cross_vocab": "maped"}, ConfigError, r"is maped; type --cross-vocab auto\|mapped\|span\|uld\|gold"),
         ({"min_coverage": 2.0}, ConfigError, "min_coverage is 2.0, expected 0 to 1"),
     ],
 )
@@ -439,7 +575,7 @@ def test_spans_are_refused_another_temperature_and_labels_that_nobody_knows(worl
     store = open_store(tmp_path / "store.zarr")
     store.__dict__["manifest"] = replace(store.manifest, imported="dwq", unknown=(UNKNOWN_LABEL,))
     read, student = sequences(its_own(), world), load_model(other(world))
-    for method in ("span", "mapped"):
+    for method in ("span", "gold", "mapped"):
         config = world.config(tmp_path / "o", **options | {"cross_vocab": method, "min_coverage": 0.1})
         asked = (config, in_order([store]), student, SMALL + 20, read, print)
         if method == "mapped":
@@ -464,6 +600,12 @@ def test_of_many_documents_that_begin_alike_the_one_that_goes_on_alike_is_found(
         assert np.array_equal(found[0], sequence.token_ids)
 
 
+def test_a_live_sample_is_no_order_and_what_it_may_keep_instead_is_named(world: World, tmp_path: Path) -> None:
+    options = {"student": str(other(world)), "teacher": str(world.teacher), "cross_vocab": "uld"}
+    with pytest.raises(IncompatibleStoreError, match=r"threshold:16.*; type --select top-k:50, or --cross"):
+        world.train(tmp_path / "o", **options)
+
+
 def test_another_dataset_than_the_stores_is_named_as_what_is_wrong(world: World, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} texts that nobody was asked about"} for i in range(3)])
     options = {"student": str(other(world)), "store": (str(path(world, SAMPLE)),), "dataset": str(data)}
@@ -485,10 +627,12 @@ def test_a_prompt_of_the_students_own_does_not_go_across(world: World, tmp_path:
         world.train(tmp_path / "o", **options, student_prompt_template="Q: {input}")
 
 
-@pytest.mark.parametrize("method", ["mapped", "span"])
-def test_a_run_across_is_resumed_to_the_last_bit(world: World, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "select"), [("mapped", SAMPLE), ("span", SAMPLE), ("uld", TRUNCATED), ("gold", TRUNCATED)]
+)
+def test_a_run_across_is_resumed_to_the_last_bit(world: World, tmp_path: Path, method: str, select: str) -> None:
     options = {
-        "student": str(other(world)), "store": (str(path(world, SAMPLE)),), "cross_vocab": method, "min_coverage": 0.3,
+        "student": str(other(world)), "store": (str(path(world, select)),), "cross_vocab": method, "min_coverage": 0.3,
     }  # fmt: skip
     _, whole = world.train(tmp_path / "whole", **options, iters=4)
     world.train(tmp_path / "o", **options, iters=2, save_every=2)
@@ -502,8 +646,17 @@ def test_nothing_is_crossed_between_equal_tokenizers(world: World) -> None:
     assert crossing_of(config, teachers, load_model(world.student), 384, world.sequences(), print) is None
 
 
-@pytest.mark.parametrize("method", ["mapped", "span"])
-@pytest.mark.parametrize("select", [SAMPLE, TRUNCATED])
+@pytest.mark.parametrize(
+    ("select", "method"),
+    [
+        (SAMPLE, "mapped"),
+        (TRUNCATED, "mapped"),
+        (SAMPLE, "span"),
+        (TRUNCATED, "span"),
+        (TRUNCATED, "uld"),
+        (TRUNCATED, "gold"),
+    ],
+)
 def test_a_live_teacher_of_another_tokenizer_teaches_what_its_store_does(
     world: World, tmp_path: Path, select: str, method: str
 ) -> None:

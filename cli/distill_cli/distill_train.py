@@ -39,11 +39,11 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option("--mix", help="COLUMN:VALUE=SHARE,VALUE=SHARE: how much of an epoch each value of a column gives.")
 @click.option(
     "--cross-vocab",
-    type=click.Choice(["auto", "mapped", "span"]),
+    type=click.Choice(["auto", "mapped", "span", "uld", "gold"]),
     default="auto",
     show_default=True,
-    help="How to learn from a store of another tokenizer: the teacher's entries by the student's names, or the "
-    "likelihood of spans of text.",
+    help="How to learn from a store of another tokenizer: the teacher's entries by the student's names, the "
+    "likelihood of spans of text, sorted probabilities, or both sides' distributions over what ends a span.",
 )
 @click.option(
     "--teacher-tokenizer",

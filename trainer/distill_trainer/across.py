@@ -1,13 +1,18 @@
 """A teacher with another tokenizer than the student's: what it said of the same text, at the student's positions.
 
 Two positions speak of the same when the tokens up to them end at the same byte of the text (`logitstore.alignment`).
-There are two ways to learn from that, each from a store alone:
+There are four ways to learn from that, each from a store alone:
 
     mapped   at such a position the teacher's entries become those of the student's tokens with the same bytes. What it
              gave to tokens that the student lacks goes to the cell of the rest: of a truncated teacher the tail, of a
              sample all of the student's tokens that the teacher lacks, which the loss sees as one (`MergedLoss`)
     span     between two such positions the likelihood of the text is compared, which is the product over the tokens of
              each side (`span_divergence`); every position between takes part
+    uld      where `mapped` has targets, but the teacher's probabilities are taken without their names, in order
+             (`SortedL1`)
+    gold     between two such positions both sides' distributions over what ends the span, times the probability of what
+             comes before in it: tokens with a name by it, the others in order (`gold_divergence`). Names are exact
+             here: a token that the student spells in pieces has none, as its first piece would end elsewhere
 
 Other positions have no targets. A document's alignment stands in its `asked`, as that of another prompt does.
 """
@@ -16,12 +21,14 @@ from dataclasses import dataclass, replace
 
 from distill_kernels import LogitsLoss, WeightedLoss
 from distill_kernels.merged import MergedLoss
+from distill_kernels.sorted_l1 import SortedL1
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from distill_trainer.mixture import summed_by_id
+from distill_trainer.spans import GoldLoss
 from logitstore.alignment import Alignment
 from logitstore.asked import Asked
 from logitstore.targets import SparseTargets
@@ -39,6 +46,8 @@ class Naming:
 
     student_ids: Ints
     """[V_t]; the student's token that says the same, -1 where there is none."""
+    real: npt.NDArray[np.bool_]
+    """[V_s]; the columns of the student's head that are tokens."""
     unnamed: npt.NDArray[np.bool_]
     """[V_s]; the student's tokens that are none of the teacher's."""
     cell: int | None
@@ -47,16 +56,25 @@ class Naming:
     """
 
     @classmethod
-    def of(cls, found: VocabularyMap, teacher: Vocabulary, student: Vocabulary, width: int) -> "Naming":
-        """Of a map, for a student whose head has so many columns; padding is no token of either."""
-        student_ids = np.where(found.student_ids >= 0, found.student_ids, found.first_pieces)
+    def of(
+        cls, found: VocabularyMap, teacher: Vocabulary, student: Vocabulary, width: int, *, links: bool = True
+    ) -> "Naming":
+        """Of a map, for a student whose head has so many columns; padding is no token of either.
+
+        Args:
+            links: a token that the student spells in pieces goes by the first of them; else it has no name.
+        """
+        student_ids = found.student_ids
+        if links:
+            student_ids = np.where(student_ids >= 0, student_ids, found.first_pieces)
         student_ids = np.where(student_ids < width, student_ids, -1).astype(np.int32)
-        real = np.array([bool(token) for token in teacher.tokens])
-        lacking = bool((student_ids[: len(real)][real] < 0).any())
-        unnamed = np.zeros(width, np.bool_)
-        unnamed[: len(student)] = [bool(token) for token in student.tokens[:width]]
+        tokens = np.array([bool(token) for token in teacher.tokens])
+        lacking = bool((student_ids[: len(tokens)][tokens] < 0).any())
+        real = np.zeros(width, np.bool_)
+        real[: len(student)] = [bool(token) for token in student.tokens[:width]]
+        unnamed = real.copy()
         unnamed[student_ids[student_ids >= 0]] = False
-        return cls(student_ids, unnamed, int(unnamed.argmax()) if lacking and unnamed.any() else None)
+        return cls(student_ids, real, unnamed, int(unnamed.argmax()) if lacking and unnamed.any() else None)
 
     def renamed(self, targets: SparseTargets, *, unbiased: bool) -> SparseTargets:
         """The teacher's entries as the student's, [P, k + 1]: ids ascending in a row, empty places last.
@@ -87,6 +105,22 @@ class Naming:
             log_probs=None,
         )
 
+    def parted(self, targets: SparseTargets) -> SparseTargets:
+        """The teacher's entries, truncated, as `distill_kernels.gold` has them: [P, k], ids ascending in a row. One
+        without a name has the id V_s + r, r being its rank among those of its row.
+        """
+        names, weights = self._names_of(targets.ids), targets.weights.astype(np.float64)
+        order = np.where(names < 0, -weights, 1).argsort(axis=1, kind="stable")
+        ranks = order.argsort(axis=1)
+        ids, weights = summed_by_id(np.where(names >= 0, names, len(self.real) + ranks).astype(np.uint32), weights)
+        return replace(
+            targets,
+            ids=ids,
+            weights=weights.astype(np.float32),
+            head_count=np.zeros_like(targets.head_count),
+            log_probs=None,
+        )
+
     def named_mass(self, targets: SparseTargets) -> npt.NDArray[np.float64]:
         """Share of each position's kept weights that have a name: float64 [P]."""
         weights = targets.weights.astype(np.float64)
@@ -102,6 +136,14 @@ class Naming:
         if not unbiased or self.cell is None:
             return loss
         return MergedLoss(loss, mx.array(self.unnamed), self.cell)
+
+    def sorted_loss(self, temperature: float) -> SortedL1:
+        """The loss of `uld`."""
+        return SortedL1(mx.array(self.real), int(self.real.sum()), temperature)
+
+    def gold_loss(self, temperature: float) -> GoldLoss:
+        """The loss of `gold`, of targets that `parted` has made."""
+        return GoldLoss(mx.array(self.unnamed), int(self.unnamed.sum()), temperature)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -134,6 +176,21 @@ class SpanAsked(Asked):
         return replace(found, label_log_prob=whole.astype(np.float32))
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GoldAsked(SpanAsked):
+    """The teacher's document, span by span, and its entries at the last position of each."""
+
+    naming: Naming
+
+    def shifted(self, targets: SparseTargets) -> SparseTargets:
+        """Targets that at a span's last position are the teacher's at its own last one, by the student's names, with
+        the `label_log_prob` of the span without its last token: 0 where it is one token.
+        """
+        found = super().shifted(targets)
+        before = found.label_log_prob - targets.label_log_prob[self.positions[: len(found)]]
+        return replace(self.naming.parted(found), label_log_prob=before)
+
+
 def mapped_asked(token_ids: Ints, alignment: Alignment, naming: Naming, *, unbiased: bool) -> MappedAsked:
     """A document for `mapped`.
 
@@ -157,6 +214,17 @@ def span_asked(token_ids: Ints, alignment: Alignment) -> SpanAsked:
         positions[first:end] = met[end] - 1
         starts[end - 1] = met[first]
     return SpanAsked(token_ids, _never_falling(positions, alignment), taught=spans >= 0, spans=spans, starts=starts)
+
+
+def uld_asked(token_ids: Ints, alignment: Alignment) -> Asked:
+    """The same for `uld`."""
+    met = alignment.met[:-1]
+    return Asked(token_ids, _never_falling(np.maximum(met, 0), alignment), taught=met >= 0)
+
+
+def gold_asked(token_ids: Ints, alignment: Alignment, naming: Naming) -> GoldAsked:
+    """The same for `gold`; `naming` without links."""
+    return GoldAsked(**vars(span_asked(token_ids, alignment)), naming=naming)
 
 
 def unknown_asked(length: int, *, spans: bool) -> Asked:

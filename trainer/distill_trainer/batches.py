@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     spans: mx.array | None = None
     """int32 [N]; where rows are taught together, the last row of those that each belongs to, -1 for none."""
     span_log_prob: mx.array | None = None
-    """float32 [N]; the teacher's log-prob of a span, at its last row."""
+    """float32 [N]; the teacher's log-prob of a span, at its last row; for `gold` of the span without its last token."""
     documents: mx.array | None = None
     """int32 [B, T]; where rows hold several documents, which of them each position belongs to, -1 for padding."""
 

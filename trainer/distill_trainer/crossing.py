@@ -9,7 +9,7 @@ from distill_kernels import LogitsLoss, WeightedLoss
 
 import numpy as np
 
-from distill_trainer.across import NOWHERE, Naming, mapped_asked, span_asked, unknown_asked
+from distill_trainer.across import NOWHERE, Naming, gold_asked, mapped_asked, span_asked, uld_asked, unknown_asked
 from distill_trainer.config import TrainConfig
 from distill_trainer.kinds import CrossVocab
 from distill_trainer.losses import LINEAR, AnyLoss
@@ -35,6 +35,10 @@ SAMPLED = 64
 """Documents that coverage is measured on."""
 NAMED = 3
 """Documents that are named where many are unknown."""
+OF_SPANS = ("span", "gold")
+"""Methods that teach spans, not single positions."""
+TRUNCATED = ("uld", "gold")
+"""Methods that need a teacher's likeliest tokens, which a sample does not tell."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Coverage:
     positions: float
     """Share of them that have targets."""
     mass: float
-    """Mean share of the teacher's mass there that has a name; 1 where names do not matter."""
+    """Mean share of the teacher's mass there that has a name, of a span at its last position; 1 where names do not
+    matter."""
     unknown: int = 0
     """Documents with a text that no store begins with."""
 
@@ -82,7 +87,7 @@ class Crossing:
         self._student = vocabulary_of(student.tokenizer)
         kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint()) if teachers.stores else None
         self._map = map_vocabularies(self._teacher, self._student) if kept is None else kept
-        self._naming = Naming.of(self._map, self._teacher, self._student, width)
+        self._naming = Naming.of(self._map, self._teacher, self._student, width, links=config.cross_vocab != "gold")
         self._without = uncommon(self._teacher, self._student)
         self._known = self._documents(config.dataset, config.split)
         self.method: CrossVocab = config.cross_vocab
@@ -122,9 +127,13 @@ class Crossing:
         """What the teacher reads in place of a document."""
         known = documents.find(sequence, spell(sequence.token_ids, self._student, self._without))
         if known is None:
-            return unknown_asked(len(sequence.token_ids), spans=method == "span")
+            return unknown_asked(len(sequence.token_ids), spans=method in OF_SPANS)
         if method == "span":
             return span_asked(*known)
+        if method == "gold":
+            return gold_asked(*known, self._naming)
+        if method == "uld":
+            return uld_asked(*known)
         return mapped_asked(*known, self._naming, unbiased=self._selection.unbiased)
 
     def coverage(self, sequences: Sequence[TokenSequence], method: CrossVocab) -> Coverage:
@@ -144,9 +153,11 @@ class Crossing:
             positions = positions[asked.taught[positions]]
             if asked.spans is not None:
                 positions = positions[in_whole_spans(asked.spans, positions, positions)]
-            elif found is not None and len(found) == reach:
-                masses.append(self._naming.named_mass(found.rows(asked.positions[positions])))
             taught += len(positions)
+            if method in ("mapped", "gold") and found is not None and len(found) == reach:
+                if asked.spans is not None:
+                    positions = positions[asked.spans[positions] == positions]
+                masses.append(self._naming.named_mass(found.rows(asked.positions[positions])))
         mass = np.concatenate(masses)
         return Coverage(taught / trained, float(mass.mean()) if len(mass) else 1.0, unknown)
 
@@ -161,10 +172,10 @@ class Crossing:
         Raises:
             IncompatibleStoreError: it is not.
         """
-        if self.method == "span" and config.loss != ("kl",):
+        if self.method != "mapped" and config.loss != ("kl",):
             raise IncompatibleStoreError(
-                f"--cross-vocab span has a loss of its own, and --loss names {', '.join(config.loss)}; leave --loss "
-                "out, or type --cross-vocab mapped"
+                f"--cross-vocab {self.method} has a loss of its own, and --loss names {', '.join(config.loss)}; leave "
+                "--loss out, or type --cross-vocab mapped"
             )
         if self.method == "span" and config.temperature is not None and config.temperature_schedule != Schedule(1, 1):
             raise IncompatibleStoreError(
@@ -172,12 +183,19 @@ class Crossing:
                 f"{config.temperature}; leave --temperature out, or type --cross-vocab mapped"
             )
         for store in self._teachers.stores:
-            if self.method == "span" and UNKNOWN_LABEL in store.manifest.unknown:
+            if self.method in OF_SPANS and UNKNOWN_LABEL in store.manifest.unknown:
                 raise IncompatibleStoreError(
                     f"{store.path} was imported from {store.manifest.imported}, which keeps no log-prob of a label "
-                    "beyond its own entries, and --cross-vocab span adds them up; type --cross-vocab mapped, or "
-                    "`logitstore build` a store"
+                    f"beyond its own entries, and --cross-vocab {self.method} adds them up; type --cross-vocab mapped, "
+                    "or `logitstore build` a store"
                 )
+        if self.method in TRUNCATED and self._selection.unbiased:
+            flag = "`logitstore build --select top-k:50` for another store"
+            raise IncompatibleStoreError(
+                f"--cross-vocab {self.method} puts the teacher's probabilities in order, and a sample "
+                f"({self._selection}) does not tell them; type "
+                f"{flag if self._teachers.stores else '--select top-k:50'}, or --cross-vocab mapped"
+            )
         if self.method == "mapped" and self._selection.unbiased and not set(config.loss_names) <= set(LINEAR):
             raise IncompatibleStoreError(
                 f"--loss {', '.join(config.loss)} is not served across tokenizers by a sample "
@@ -188,6 +206,10 @@ class Crossing:
         """The loss on such targets, in place of one on the teacher's own."""
         if self.method == "span":
             return SpanLoss()
+        if self.method != "mapped":
+            assert isinstance(loss, LogitsLoss)  # by `require_loss`
+            of = self._naming.gold_loss if self.method == "gold" else self._naming.sorted_loss
+            return of(loss.temperature)
         return self._naming.loss(loss, unbiased=self._selection.unbiased)
 
 

@@ -5,5 +5,5 @@ from typing import Literal
 OnMiss = Literal["online", "hard-only", "skip", "error"]
 FineTuneType = Literal["lora", "dora", "full"]
 HiddenKind = Literal["mse", "cosine", "l1"]
-CrossVocab = Literal["auto", "mapped", "span"]
+CrossVocab = Literal["auto", "mapped", "span", "uld", "gold"]
 AttentionKind = Literal["mse", "kl"]

@@ -8,16 +8,15 @@ import mlx.core as mx
 from distill_trainer.batches import Batch
 from distill_trainer.losses import AnyLoss
 from distill_trainer.packing import kept_apart
-from distill_trainer.spans import SpanLoss
+from distill_trainer.spans import OfSpans
 
 
 def loss_values(head: distill_kernels.Head, losses: AnyLoss, batch: Batch) -> tuple[mx.array, mx.array]:
     """Return (distillation loss, cross-entropy) of a batch's rows, float32 [N] each."""
-    out = outputs(head, batch)
-    if isinstance(losses, SpanLoss):
-        assert batch.spans is not None and batch.span_log_prob is not None
-        return losses.values(head, out, batch.labels, batch.spans, batch.span_log_prob)
-    loss, constants = on_tier(losses), [getattr(batch, name) for name in losses.names]
+    out, constants = outputs(head, batch), [getattr(batch, name) for name in losses.names]
+    if isinstance(losses, OfSpans):
+        return losses.values(head, out, *constants)
+    loss = on_tier(losses)
     kd, ce = loss(out, *constants) if head.reason else distill_kernels.chunked(loss, out, head, constants)
     return kd, ce
 

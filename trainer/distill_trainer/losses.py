@@ -29,14 +29,15 @@ from distill_kernels import (
 )
 from distill_kernels.divergence import Divergence
 from distill_kernels.merged import MergedLoss
+from distill_kernels.sorted_l1 import SortedL1
 
-from distill_trainer.spans import SpanLoss
+from distill_trainer.spans import OfSpans
 from distill_trainer.taid import START
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import Recipe
 
-Loss = LogitsLoss | WeightedLoss | MergedLoss
-AnyLoss = Loss | SpanLoss
+Loss = LogitsLoss | WeightedLoss | MergedLoss | SortedL1
+AnyLoss = Loss | OfSpans
 """Of rows one by one, or of spans of them."""
 LIVE = "the teacher"
 """Stands in messages for a store, where one is not to blame."""

@@ -50,7 +50,7 @@ from distill_trainer.packing import padding, require_apart
 from distill_trainer.pages import save_run_page
 from distill_trainer.parallel import ALONE, Processes, processes
 from distill_trainer.report import TrainReport
-from distill_trainer.spans import SpanLoss
+from distill_trainer.spans import OfSpans
 from distill_trainer.student import load_student, make_trainable, save_student, trainable
 from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.targets import Count, TargetSource
@@ -330,7 +330,7 @@ def batch_loss(head: distill_kernels.Head, losses: AnyLoss, batch: Batch) -> tup
     Where positions have weights w, these are sum(w l) / sum(w); kd_weight and ce_weight hold them already.
     The logits of a chunk of positions exist at a time, never [batch, length, vocab].
     """
-    if head.reason is None and not isinstance(losses, SpanLoss):
+    if head.reason is None and not isinstance(losses, OfSpans):
         constants = [getattr(batch, name) for name in losses.names]
         shares = batch.kd_weight / batch.weight, batch.ce_weight / batch.weight
         total, (kl, ce) = distill_kernels.chunked_sum(on_tier(losses), outputs(head, batch), head, constants, shares)
