@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distill_trainer.across import Naming, gold_asked, mapped_asked, span_asked, uld_asked
 from distill_trainer.batches import Weighing, collate
-from distill_trainer.crossing import crossing_of
+from distill_trainer.cross_vocab import crossing_of
 from distill_trainer.loss_values import loss_values
 from distill_trainer.spans import SpanLoss
 from distill_trainer.teachers import in_order

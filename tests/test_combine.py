@@ -281,7 +281,11 @@ def test_stores_and_options_that_do_not_go_together_are_refused(world: World, tm
     world.build(tmp_path / "warm.zarr", teacher=str(world.folder / "other"), temperature=(2.0,))
     mixture = (f"{a}=0.5", f"{b}=0.5")
     cases: list[tuple[type[LogitstoreError], dict[str, Any], str]] = [
-        (IncompatibleStoreError, {"store": (f"{a}=1", f"{tmp_path}/foreign.zarr=1")}, "must have one tokenizer"),
+        (
+            ConfigError,
+            {"store": (str(a), f"{tmp_path}/foreign.zarr"), "combine": "label"},
+            "--combine label compares what teachers gave a label",
+        ),
         (IncompatibleStoreError, {"store": (f"{a}=1", f"{truncated}=1")}, "one a sample and one truncated"),
         (ConfigError, {"store": (f"{a}=1", f"{tmp_path}/warm.zarr=1")}, "serves temperature 2, .* none in common"),
         (IncompatibleStoreError, {"store": mixture, "loss": ("reverse-kl",)}, "cannot serve --loss reverse-kl"),

@@ -25,7 +25,6 @@ from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import LoadedModel
 from logitstore.saved_maps import saved_vocabulary_map
 from logitstore.sequences import TokenSequence
-from logitstore.tokenizer import load_tokenizer
 from logitstore.vocabulary import vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
 
@@ -67,7 +66,14 @@ class Crossing:
     """Carries a run's documents and losses over to a teacher with another tokenizer."""
 
     def __init__(
-        self, config: TrainConfig, teachers: Teachers, tokenizer: Any | None, student: LoadedModel, width: int
+        self,
+        config: TrainConfig,
+        teachers: Teachers,
+        tokenizer: Any | None,
+        student: LoadedModel,
+        width: int,
+        *,
+        cell: bool = True,
     ) -> None:
         """Map the vocabularies, unless a store keeps the map, and find the documents: read the dataset as the teacher
         does or, without its tokenizer, the texts of the stores.
@@ -75,19 +81,22 @@ class Crossing:
         Args:
             tokenizer: the teacher's, where it is at hand.
             width: columns of the student's head.
+            cell: mass of a sample that has no name goes to a cell; else it is left out.
 
         Raises:
             CorruptStoreError: a store's bytes are not those that were written.
             IncompatibleStoreError: it keeps a map of other tokenizers under the student's name.
             DatasetError, ModelError: as `tokenize`.
         """
-        self._config, self._teachers, self._tokenizer = config, teachers, tokenizer
+        self._config, self.teachers, self._tokenizer = config, teachers, tokenizer
         self._selection = config.live_selection if teachers.recipe is None else teachers.recipe.selection
         self._teacher = vocabulary_of(tokenizer) if tokenizer is not None else teachers.stores[0].vocabulary
         self._student = vocabulary_of(student.tokenizer)
         kept = saved_vocabulary_map(teachers.stores[0], self._student.fingerprint()) if teachers.stores else None
         self._map = map_vocabularies(self._teacher, self._student) if kept is None else kept
         self._naming = Naming.of(self._map, self._teacher, self._student, width, links=config.cross_vocab != "gold")
+        if not cell:
+            self._naming = replace(self._naming, cell=None)
         self._without = uncommon(self._teacher, self._student)
         self._known = self._documents(config.dataset, config.split)
         self.method: CrossVocab = config.cross_vocab
@@ -96,7 +105,7 @@ class Crossing:
 
     def _documents(self, dataset: str, split: str) -> Known:
         if self._tokenizer is None:
-            return Texts(self._teachers.stores, self._without, self._config.quiet)
+            return Texts(self.teachers.stores, self._without, self._config.quiet)
         rows = read_documents(dataset, split=split)
         return Readings(rows, self._tokenizer, self._student.special_ids, self._without, self._config.quiet)
 
@@ -146,7 +155,7 @@ class Crossing:
             assert asked.taught is not None
             positions = np.flatnonzero(sequence.trained)
             trained += len(positions)
-            found = self._teachers.of(sequence).get(asked.token_ids)
+            found = self.teachers.of(sequence).get(asked.token_ids)
             unknown += bool(asked.positions[0] == NOWHERE)
             reach = len(asked.token_ids) - 1 if self._config.teacher else 0 if found is None else len(found)
             positions = positions[positions < asked.answered(reach)]
@@ -182,7 +191,7 @@ class Crossing:
                 f"--cross-vocab span compares likelihoods, which are of temperature 1, and --temperature is "
                 f"{config.temperature}; leave --temperature out, or type --cross-vocab mapped"
             )
-        for store in self._teachers.stores:
+        for store in self.teachers.stores:
             if self.method in OF_SPANS and UNKNOWN_LABEL in store.manifest.unknown:
                 raise IncompatibleStoreError(
                     f"{store.path} was imported from {store.manifest.imported}, which keeps no log-prob of a label "
@@ -194,7 +203,7 @@ class Crossing:
             raise IncompatibleStoreError(
                 f"--cross-vocab {self.method} puts the teacher's probabilities in order, and a sample "
                 f"({self._selection}) does not tell them; type "
-                f"{flag if self._teachers.stores else '--select top-k:50'}, or --cross-vocab mapped"
+                f"{flag if self.teachers.stores else '--select top-k:50'}, or --cross-vocab mapped"
             )
         if self.method == "mapped" and self._selection.unbiased and not set(config.loss_names) <= set(LINEAR):
             raise IncompatibleStoreError(
@@ -213,117 +222,20 @@ class Crossing:
         return self._naming.loss(loss, unbiased=self._selection.unbiased)
 
 
-def crossing_of(
-    config: TrainConfig,
-    teachers: Teachers,
-    student: LoadedModel,
-    width: int,
-    sequences: Sequence[TokenSequence],
-    say: Callable[[str], object],
-) -> Crossing | None:
-    """How this run crosses from the stores' tokenizer to the student's; None where it is the same one.
-
-    Args:
-        width: columns of the student's head.
-        sequences: that it trains on.
-        say: takes a line of text for the user.
+def require_coverage(config: TrainConfig, method: CrossVocab, coverage: Coverage, count: int) -> None:
+    """Check what is carried over of so many documents.
 
     Raises:
-        ConfigError: less than `min_coverage`, or a flag that reads the student's tokens as the teacher's.
-        IncompatibleStoreError: a loss that is not served across.
-        CorruptStoreError: a store's bytes are not those that were written.
+        ConfigError: less than `min_coverage`.
     """
-    if not config.distils:
-        return None
-    own = vocabulary_of(student.tokenizer).fingerprint()
-    if teachers.stores and teachers.stores[0].manifest.tokenizer.fingerprint == own:
-        if config.teacher_tokenizer is not None:
-            raise ConfigError(
-                f"{teachers.stores[0].path} was built with the tokenizer that student {config.student} has; "
-                "leave --teacher-tokenizer out"
-            )
-        return None
-    tokenizer = teachers_tokenizer(config, teachers)
-    theirs = str(teachers.stores[0].manifest.tokenizer.fingerprint if teachers.stores else _fingerprint(tokenizer))
-    if theirs == own:
-        return None
-    require_crossable(config, theirs, own)
-    crossing = Crossing(config, teachers, tokenizer, student, width)
-    say(f"the teacher's tokenizer is another one; {crossing.described(student.name)}")
-    numbers = np.random.default_rng(config.seed).permutation(len(sequences))[:SAMPLED].tolist()
-    some = [sequences[number] for number in numbers]
-    coverage = crossing.coverage(some, "mapped" if config.cross_vocab == "auto" else config.cross_vocab)
-    if config.cross_vocab == "auto":
-        enough = coverage.share >= LEAST_AUTO
-        crossing.method = "mapped" if enough else "span"
-        least = f"{'at least' if enough else 'less than'} {LEAST_AUTO:g} of what the teacher says"
-        why = f"mapped teaches {coverage}, {least}"
-        say(f"--cross-vocab auto takes {crossing.method}: {why}")
-        if not enough:
-            coverage = crossing.coverage(some, "span")
-    crossing.teaches = f"{coverage}, in a sample of {len(some):,} documents"
-    say(f"--cross-vocab {crossing.method} teaches {crossing.teaches}")
-    if coverage.share < config.min_coverage:
-        nearer = "--student with a tokenizer nearer to the teacher's"
-        if 2 * coverage.unknown >= len(some):
-            nearer = (
-                f"--store with one of these texts (no store begins with those of {coverage.unknown:,} of "
-                f"{len(some):,} documents)"
-            )
-        raise ConfigError(
-            f"--cross-vocab {crossing.method} carries over {coverage.share:.3f} of what the teacher says ({coverage}), "
-            f"expected at least {config.min_coverage:g}; type --min-coverage "
-            f"{math.floor(100 * coverage.share) / 100:g} to go on all the same, --cross-vocab with another way, or "
-            f"{nearer}"
-        )
-    crossing.require_loss(config)
-    return crossing
-
-
-def teachers_tokenizer(config: TrainConfig, teachers: Teachers) -> Any | None:
-    """The teacher's tokenizer, where one is at hand.
-
-    Raises:
-        ModelError: it does not load.
-        IncompatibleStoreError: it is not the one that the stores were built with.
-    """
-    flag = "--teacher-tokenizer" if config.teacher_tokenizer else "--teacher"
-    source = config.teacher_tokenizer or config.teacher
-    if source is None:
-        return None
-    tokenizer = load_tokenizer(source, flag)
-    theirs = _fingerprint(tokenizer)
-    for store in teachers.stores:
-        manifest = store.manifest
-        if manifest.tokenizer.fingerprint != theirs:
-            raise IncompatibleStoreError(
-                f"{store.path} was built with tokenizer {manifest.tokenizer.fingerprint} (teacher "
-                f"{manifest.teacher.name}), {flag} {source} has {theirs}; type {flag} with the model that built it"
-            )
-    return tokenizer
-
-
-def _fingerprint(tokenizer: Any) -> str:
-    return vocabulary_of(tokenizer).fingerprint()
-
-
-def require_crossable(config: TrainConfig, teacher_fingerprint: str, student_fingerprint: str) -> None:
-    """Check that nothing else reads the student's tokens as the teacher's.
-
-    Raises:
-        ConfigError: a flag that does.
-    """
-    for given, flag in (
-        (config.on_policy > 0, "--on-policy"),
-        (config.attention_loss is not None, "--attention-loss"),
-        (config.combination.several, "--store of several teachers"),
-        (config.hidden_loss is not None, "--hidden-loss"),
-        (bool(config.teacher_measures), f"{', '.join(config.teacher_measures)} of a document"),
-        (config.teacher_template != config.student_template, "a prompt of the teacher's own"),
-    ):
-        if given:
-            raise ConfigError(
-                f"the teacher has tokenizer {teacher_fingerprint}, student {config.student} has {student_fingerprint}, "
-                f"and {flag} needs the teacher's; leave it out, or type --student with a model of the teacher's "
-                "tokenizer"
-            )
+    if coverage.share >= config.min_coverage:
+        return
+    nearer = "--student with a tokenizer nearer to the teacher's"
+    if 2 * coverage.unknown >= count:
+        unknown = f"{coverage.unknown:,} of {count:,} documents"
+        nearer = f"--store with one of these texts (no store begins with those of {unknown})"
+    raise ConfigError(
+        f"--cross-vocab {method} carries over {coverage.share:.3f} of what the teacher says ({coverage}), expected at "
+        f"least {config.min_coverage:g}; type --min-coverage {math.floor(100 * coverage.share) / 100:g} to go on all "
+        f"the same, --cross-vocab with another way, or {nearer}"
+    )

@@ -12,6 +12,7 @@ from distill_kernels import LogitsLoss, SparseKL, WeightedLoss
 from distill_trainer.config import TrainConfig
 from distill_trainer.crossing import Crossing
 from distill_trainer.losses import LIVE, AnyLoss, loss_of
+from distill_trainer.several_crossings import SeveralCrossings
 from distill_trainer.taid import END, Taid, interpolated, started
 from distill_trainer.temperatures import ladder_of
 from logitstore.recipe import Recipe
@@ -31,7 +32,11 @@ class Objective:
     """
 
     def __init__(
-        self, config: TrainConfig, recipe: Recipe | None, where: str = LIVE, crossing: Crossing | None = None
+        self,
+        config: TrainConfig,
+        recipe: Recipe | None,
+        where: str = LIVE,
+        crossing: Crossing | SeveralCrossings | None = None,
     ) -> None:
         self._steps = config.iters
         self._ladder = None if recipe is None else ladder_of(config.temperature_schedule, recipe, where)

@@ -1,7 +1,7 @@
 """Who answers a document of a run: stores in order, or those of several teachers as one.
 
-Several teachers have one tokenizer. What their stores need of each other is checked here, before the first step: one
-kind of targets, and a temperature that all serve. A mixture answers the positions that all answer.
+What the stores of several teachers need of each other is checked here, before the first step: one kind of targets, and
+a temperature that all serve. A mixture answers the positions that all answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -110,20 +110,14 @@ def common_recipe(stores: Sequence[Store], *, mixes: bool) -> Recipe:
         mixes: their targets are mixed, so that no entry knows its own probability.
 
     Raises:
-        IncompatibleStoreError: other tokenizers, or samples beside truncated targets.
+        IncompatibleStoreError: samples beside truncated targets.
         ConfigError: no temperature that all serve.
     """
     first = stores[0]
-    recipe, identity = first.manifest.recipe, first.manifest.tokenizer
+    recipe = first.manifest.recipe
     served = list(recipe.served_temperatures)
     for store in stores[1:]:
         other = store.manifest
-        if other.tokenizer.fingerprint != identity.fingerprint:
-            raise IncompatibleStoreError(
-                f"{store.path} was built with tokenizer {other.tokenizer.fingerprint} (teacher {other.teacher.name}), "
-                f"{first.path} with {identity.fingerprint} (teacher {first.manifest.teacher.name}); several teachers "
-                "must have one tokenizer: name other stores"
-            )
         if other.recipe.selection.unbiased != recipe.selection.unbiased:
             raise IncompatibleStoreError(
                 f"{store.path} was built with --select {other.recipe.selection} and {first.path} with "

@@ -23,7 +23,7 @@ from distill_trainer.batches import Batch, Weighing, collate, epochs
 from distill_trainer.checkpoint import Checkpoints, cut_metrics
 from distill_trainer.choosing import choose
 from distill_trainer.config import TrainConfig
-from distill_trainer.crossing import crossing_of
+from distill_trainer.cross_vocab import crossing_of
 from distill_trainer.draw import Draw
 from distill_trainer.gradients import clipped
 from distill_trainer.held_out import due, hold_out, read_held_out
@@ -101,6 +101,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     held_out = read_held_out(config, student.tokenizer, sequences, say)
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
     if crossing is not None:
+        teachers = crossing.teachers
         sequences, held_out = crossing.over(sequences, say), crossing.over_held_out(held_out, say)
 
     folder = output_folder(Path(config.out), new=not config.resume) if among.first else nullcontext(Path(config.out))
