@@ -45,7 +45,8 @@ HELD_OUT = 6
 """Every sixth document."""
 LENGTH = 256
 """Of the student's tokens."""
-METHODS = ("cross-entropy", "mapped", "span")
+METHODS = {"cross-entropy": SELECT, "mapped": SELECT, "span": SELECT, "uld": "top-k:50", "gold": "top-k:50"}
+"""Each with what the store keeps."""
 ALPHA = 0.5
 BATCH_SIZE = 8
 LEARNING_RATE = 3e-3
@@ -125,7 +126,8 @@ def begun_student(folder: Path, seed: int) -> Path:
 
 def config_of(taught: Taught, folder: Path, student: Path, method: str, seed: int, steps: int) -> TrainConfig:
     """One run."""
-    distils = {"store": (str(taught.path(SELECT)),), "cross_vocab": method, "on_miss": "hard-only", "min_coverage": 0.0}
+    store = str(taught.path(METHODS[method]))
+    distils = {"store": (store,), "cross_vocab": method, "on_miss": "hard-only", "min_coverage": 0.0}
     own: dict[str, Any] = {"alpha": 0.0} if method == "cross-entropy" else {"alpha": ALPHA, **distils}
     return TrainConfig(
         student=str(student), dataset=str(folder / "train.jsonl"), out=str(folder / f"{method}-{seed}"),
@@ -193,15 +195,8 @@ def found(runs: Sequence[dict[str, Any]], teacher_bits: float, costs: dict[str, 
         f"{1e3 * costs['align_s']:.2f} ms to find and align a document."
     )
     header = ("method", "bits per byte, held out", "below cross-entropy", "seeds")
-    targets = [
-        Target.at_least(
-            f"{method}: bits per byte below cross-entropy's",
-            0,
-            float((bits["cross-entropy"] - bits[method]).mean()),
-            ".4f",
-        )
-        for method in METHODS[1:]
-    ]
+    ahead = float((bits["cross-entropy"] - bits["mapped"]).mean())
+    targets = [Target.at_least("mapped, which auto takes here: bits per byte below cross-entropy's", 0, ahead, ".4f")]
     targets.append(Target.at_most("carrying a batch over, share of a step", 0.02, costs["carry_s"] / step_s, ".4f"))
     return Found([Titled("Students of another tokenizer", remark, Table(header, tuple(rows)))], tuple(targets))
 
