@@ -84,6 +84,14 @@ class Alignment:
     """[L]; for each token of one, the token of the other that ends where it does, -1 where none does."""
     beyond: npt.NDArray[np.bool_]
     """[L]; which tokens end where the other's document does not reach."""
+    closing: npt.NDArray[np.bool_] | None = None
+    """[L]; which tokens close a turn, after which two templates go on each in its own way. None: none."""
+
+    @property
+    def going_on(self) -> npt.NDArray[np.int32]:
+        """[L - 1]; `met`, but -1 where what follows is another text."""
+        met = self.met if self.closing is None else np.where(self.closing, -1, self.met)
+        return met[:-1].astype(np.int32)
 
 
 def by_text(one: Spelled, other: Spelled) -> Alignment:
@@ -133,7 +141,7 @@ def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence
     """
     if not its or len(its) > len(others):
         return None
-    met = np.full(len(one.ends), -1, np.int32)
+    met, closing = np.full(len(one.ends), -1, np.int32), np.zeros(len(one.ends), np.bool_)
     for number, (mine, theirs) in enumerate(zip(its, others, strict=False)):
         start, text = _turn_text(one, mine)
         place, their_text = _turn_text(other, theirs)
@@ -146,8 +154,8 @@ def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence
         same = (at >= 0) & (among[np.maximum(at, 0)] == own) & (own >= place)
         met[mine.first - 1 : mine.stop] = np.where(same, theirs.first - 1 + at, -1)
         if mine.closing >= 0 and theirs.closing >= 0:
-            met[mine.closing] = theirs.closing
-    return Alignment(met, np.zeros(len(met), np.bool_))
+            met[mine.closing], closing[mine.closing] = theirs.closing, True
+    return Alignment(met, np.zeros(len(met), np.bool_), closing)
 
 
 def _turn_text(spelled: Spelled, turn: Turn) -> tuple[int, bytes]:

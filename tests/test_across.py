@@ -791,3 +791,70 @@ def test_turns_of_other_text_are_no_turns_and_a_cut_one_is_a_beginning() -> None
     assert turns(cut[0], special)[0].closing == -1
     assert aligned(cut, whole) is not None
     assert aligned(whole, cut) is None
+
+
+def test_a_prompt_that_is_trained_too_is_never_taken_for_what_the_assistant_said() -> None:
+    said = [{"role": role, "content": "a few bytes"} for role in ("user", "assistant")]
+    one, teacher = its_own(), tiny_tokenizer()
+    one.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    vocabulary = vocabulary_of(one)
+    for mask_prompt in (True, False):
+        rows = [Document({"messages": said}, "1")]
+        (sequence,) = tokenize(rows, one, 512, mask_prompt=mask_prompt)
+        readings = Readings(rows, teacher, vocabulary.special_ids, b"", quiet=True, mask_prompt=mask_prompt)
+        found = readings.find(sequence, spell(sequence.token_ids, vocabulary))
+        assert (found is not None) == mask_prompt
+
+
+def prompts(folder: Path) -> Path:
+    rows = [{"prompt": f"How many {n}?", "completion": text} for n, text in enumerate(CORPUS)]
+    return write_jsonl(folder / "train.jsonl", rows)
+
+
+def test_a_prompt_template_that_both_have_is_read_by_the_teachers_tokenizer_too(world: World, tmp_path: Path) -> None:
+    template = "Answer briefly. {input} Now."
+    templates = {"teacher_prompt_template": template, "student_prompt_template": template}
+    data, store = str(prompts(tmp_path)), tmp_path / "store.zarr"
+    world.build(store, dataset=data, select=TRUNCATED, prompt_template=template)
+    usual = LEARNING | templates | {"student": str(other(world)), "dataset": data, "store": (str(store),)}
+    report, _ = world.train(tmp_path / "o", **usual, teacher_tokenizer=str(world.teacher))
+    assert report.count.misses == 0
+
+
+def test_a_document_that_is_cut_before_a_stores_first_beginning_is_found_with_the_teachers_tokenizer(
+    world: World, tmp_path: Path
+) -> None:
+    usual = LEARNING | {"student": str(other(world)), "max_seq_length": 20, "store": (str(path(world, SAMPLE)),)}
+    report, _ = world.train(tmp_path / "o", **usual, teacher_tokenizer=str(world.teacher))
+    assert report.count.misses == 0
+
+
+@pytest.mark.parametrize("method", ["mapped", "span", "uld", "gold"])
+def test_what_a_template_writes_after_a_turn_is_no_target_and_no_miss(
+    world: World, tmp_path: Path, method: str
+) -> None:
+    """The student's ends with a newline that it is trained on, the teacher's with the end of the turn."""
+    teacher = save_tiny_model(tmp_path / "teacher", seed=1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")
+    tokenizer.save_pretrained(teacher)
+    data, store = str(prompts(tmp_path)), tmp_path / "store.zarr"
+    world.build(store, teacher=str(teacher), dataset=data, select=TRUNCATED)
+    student, said = load_model(other(world)), lambda _: None
+    config = world.config(
+        tmp_path / "o",
+        **LEARNING
+        | {"student": str(other(world)), "dataset": data, "store": (str(store),)}
+        | {"cross_vocab": method, "teacher_tokenizer": str(teacher)},
+    )
+    read = list(tokenize(read_documents(data), its_own(), 512))
+    crossing = crossing_of(config, in_order([open_store(store)]), student, SMALL + 20, read, said)
+    assert crossing is not None
+    for sequence in crossing.over(read, said):
+        assert sequence.trained[-1]
+        assert sequence.token_ids[-2] == its_own().eos_token_id
+        assert sequence.asked is not None
+        assert sequence.asked.taught is not None
+        assert sequence.asked.taught.any()
+        assert not sequence.asked.taught[-1]
+    assert train(config).count.misses == 0

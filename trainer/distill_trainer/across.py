@@ -198,7 +198,7 @@ def mapped_asked(token_ids: Ints, alignment: Alignment, naming: Naming, *, unbia
         token_ids: the teacher's.
         alignment: of the student's document with it.
     """
-    met = alignment.met[:-1]
+    met = alignment.going_on
     positions = _never_falling(np.maximum(met, 0), alignment)
     return MappedAsked(token_ids, positions, taught=met >= 0, naming=naming, unbiased=unbiased)
 
@@ -218,7 +218,7 @@ def span_asked(token_ids: Ints, alignment: Alignment) -> SpanAsked:
 
 def uld_asked(token_ids: Ints, alignment: Alignment) -> Asked:
     """The same for `uld`."""
-    met = alignment.met[:-1]
+    met = alignment.going_on
     return Asked(token_ids, _never_falling(np.maximum(met, 0), alignment), taught=met >= 0)
 
 

@@ -53,12 +53,14 @@ def crossing_of(
                 "leave --teacher-tokenizer out"
             )
         return None
-    tokenizer = teachers_tokenizer(config, teachers)
-    theirs = str(teachers.stores[0].manifest.tokenizer.fingerprint if teachers.stores else _fingerprint(tokenizer))
-    if theirs == own and not config.combination.several:
+    several_teachers = config.combination.several
+    tokenizer = None if several_teachers else teachers_tokenizer(config, teachers)
+    prints = [str(store.manifest.tokenizer.fingerprint) for store in teachers.stores] or [_fingerprint(tokenizer)]
+    theirs = next((fingerprint for fingerprint in prints if fingerprint != own), own)
+    if theirs == own:
         return None
     require_crossable(config, theirs, own)
-    if config.combination.several:
+    if several_teachers:
         several = SeveralCrossings(config, teachers, student, width)
         several.require_coverage(config, some, say)
         return several

@@ -23,6 +23,7 @@ from logitstore.documents import read_documents
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import LoadedModel
+from logitstore.prompts import prompted
 from logitstore.saved_maps import saved_vocabulary_map
 from logitstore.sequences import TokenSequence
 from logitstore.vocabulary import vocabulary_of
@@ -106,8 +107,15 @@ class Crossing:
     def _documents(self, dataset: str, split: str) -> Known:
         if self._tokenizer is None:
             return Texts(self.teachers.stores, self._without, self._config.quiet)
-        rows = read_documents(dataset, split=split)
-        return Readings(rows, self._tokenizer, self._student.special_ids, self._without, self._config.quiet)
+        config = self._config
+        return Readings(
+            prompted(read_documents(dataset, split=split), config.student_template),
+            self._tokenizer,
+            self._student.special_ids,
+            self._without,
+            config.quiet,
+            mask_prompt=config.mask_prompt,
+        )
 
     def over(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
         """The documents with what the teacher reads in their place; which of them nobody knows is said."""

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, common_prefix, spell, turns
 from logitstore.contract import Store
 from logitstore.documents import Document
+from logitstore.index import FIRST_BLOCKS
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.vocabulary import vocabulary_of
 
@@ -116,17 +117,26 @@ class Readings:
         rows: of the dataset that the student reads.
         special_ids: of the student's tokens.
         without: bytes that are left out of all texts.
+        mask_prompt: as the student reads it; else both are trained on all of a document, which has no turns apart.
 
     Raises:
         DatasetError, ModelError: as `tokenize`.
     """
 
     def __init__(
-        self, rows: Iterable[Document], tokenizer: Any, special_ids: Set[int], without: bytes, quiet: bool
+        self,
+        rows: Iterable[Document],
+        tokenizer: Any,
+        special_ids: Set[int],
+        without: bytes,
+        quiet: bool,
+        *,
+        mask_prompt: bool = True,
     ) -> None:
         self._vocabulary, self._special_ids, self._without = vocabulary_of(tokenizer), special_ids, without
         bar = tqdm(rows, desc="read as the teacher does", unit="doc", delay=1, leave=False, disable=quiet)
-        self._sequences = {sequence.where: sequence for sequence in tokenize(bar, tokenizer, UNCUT)}
+        sequences = tokenize(bar, tokenizer, UNCUT, mask_prompt=mask_prompt)
+        self._sequences = {sequence.where: sequence for sequence in sequences}
 
     def find(self, sequence: TokenSequence, own: Spelled) -> Found | None:
         """See `Known`. By all of the text where it is the same; else turn by turn, where templates differ."""
@@ -141,7 +151,7 @@ class Readings:
         if found is None:
             return None
         needed = int(found.met.max(initial=0)) + 2  # what comes after is another text, or was cut for the student
-        return read.token_ids[:needed], found
+        return read.token_ids[: max(needed, FIRST_BLOCKS[0])], found  # a store finds no shorter beginning
 
 
 def _beginnings(text: bytes) -> Iterator[tuple[bytes, int]]:
