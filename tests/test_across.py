@@ -28,7 +28,7 @@ from distill_trainer.texts import Readings, Texts
 from distill_trainer.train import batch_loss, train
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns
 from logitstore.documents import Document, read_documents
-from logitstore.errors import ConfigError, IncompatibleStoreError, LogitstoreError
+from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError, LogitstoreError
 from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import load_model
 from logitstore.sequences import TokenSequence, tokenize
@@ -646,6 +646,14 @@ def test_nothing_is_crossed_between_equal_tokenizers(world: World) -> None:
     assert crossing_of(config, teachers, load_model(world.student), 384, world.sequences(), print) is None
 
 
+@pytest.mark.parametrize("method", ["span", "uld", "gold"])
+def test_a_loss_of_crossing_is_refused_between_equal_tokenizers(world: World, tmp_path: Path, method: str) -> None:
+    for source in ({"store": (str(path(world, TRUNCATED)),)}, {"teacher": str(world.teacher), "select": TRUNCATED}):
+        with pytest.raises(ConfigError, match=f"{method} is for a teacher of another tokenizer.* leave --cross-vocab"):
+            world.train(tmp_path / "o", cross_vocab=method, **source)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     ("select", "method"),
     [
@@ -858,3 +866,15 @@ def test_what_a_template_writes_after_a_turn_is_no_target_and_no_miss(
         assert sequence.asked.taught.any()
         assert not sequence.asked.taught[-1]
     assert train(config).count.misses == 0
+
+
+def test_a_chat_that_the_teachers_template_refuses_is_said_to_be_the_teachers(world: World, tmp_path: Path) -> None:
+    teacher = save_tiny_model(tmp_path / "teacher", seed=1)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    tokenizer.save_pretrained(teacher)
+    options = {"student": str(other(world)), "dataset": str(prompts(tmp_path)), "teacher": str(teacher)}
+    expected = "as the teacher reads it, train.jsonl:1: the chat template refuses the messages: no system turns"
+    with pytest.raises(DatasetError, match=expected):
+        world.train(tmp_path / "o", **options)
+    assert not (tmp_path / "o").exists()

@@ -37,7 +37,8 @@ def crossing_of(
         say: takes a line of text for the user.
 
     Raises:
-        ConfigError: less than `min_coverage`, or a flag that reads the student's tokens as the teacher's.
+        ConfigError: less than `min_coverage`, a flag that reads the student's tokens as the teacher's, or a way to
+            cross where there is nothing to.
         IncompatibleStoreError: a loss that is not served across.
         CorruptStoreError: a store's bytes are not those that were written.
     """
@@ -52,13 +53,13 @@ def crossing_of(
                 f"{teachers.stores[0].path} was built with the tokenizer that student {config.student} has; "
                 "leave --teacher-tokenizer out"
             )
-        return None
+        return _nothing_to_cross(config)
     several_teachers = config.combination.several
     tokenizer = None if several_teachers else teachers_tokenizer(config, teachers)
     prints = [str(store.manifest.tokenizer.fingerprint) for store in teachers.stores] or [_fingerprint(tokenizer)]
     theirs = next((fingerprint for fingerprint in prints if fingerprint != own), own)
     if theirs == own:
-        return None
+        return _nothing_to_cross(config)
     require_crossable(config, theirs, own)
     if several_teachers:
         several = SeveralCrossings(config, teachers, student, width)
@@ -80,6 +81,19 @@ def crossing_of(
     require_coverage(config, crossing.method, coverage, len(some))
     crossing.require_loss(config)
     return crossing
+
+
+def _nothing_to_cross(config: TrainConfig) -> None:
+    """Check that no loss of its own is asked for where the teacher's tokenizer is the student's.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.cross_vocab not in ("auto", "mapped"):  # mapped is the ordinary loss there
+        raise ConfigError(
+            f"--cross-vocab {config.cross_vocab} is for a teacher of another tokenizer, and student {config.student} "
+            "has the teacher's; leave --cross-vocab out"
+        )
 
 
 def teachers_tokenizer(config: TrainConfig, teachers: Teachers) -> Any | None:

@@ -20,7 +20,7 @@ from distill_trainer.texts import Known, Readings, Texts
 from logitstore.alignment import spell, uncommon
 from logitstore.asked import Asked
 from logitstore.documents import read_documents
-from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError
 from logitstore.measures import UNKNOWN_LABEL
 from logitstore.model import LoadedModel
 from logitstore.prompts import prompted
@@ -108,14 +108,12 @@ class Crossing:
         if self._tokenizer is None:
             return Texts(self.teachers.stores, self._without, self._config.quiet)
         config = self._config
-        return Readings(
-            prompted(read_documents(dataset, split=split), config.student_template),
-            self._tokenizer,
-            self._student.special_ids,
-            self._without,
-            config.quiet,
-            mask_prompt=config.mask_prompt,
-        )
+        rows = prompted(read_documents(dataset, split=split), config.student_template)
+        ids, masks = self._student.special_ids, config.mask_prompt
+        try:
+            return Readings(rows, self._tokenizer, ids, self._without, config.quiet, mask_prompt=masks)
+        except DatasetError as error:
+            raise DatasetError(f"as the teacher reads it, {error}") from error
 
     def over(self, sequences: Sequence[TokenSequence], say: Callable[[str], object]) -> list[TokenSequence]:
         """The documents with what the teacher reads in their place; which of them nobody knows is said."""
