@@ -601,9 +601,10 @@ def test_of_many_documents_that_begin_alike_the_one_that_goes_on_alike_is_found(
 
 
 def test_a_live_sample_is_no_order_and_what_it_may_keep_instead_is_named(world: World, tmp_path: Path) -> None:
-    options = {"student": str(other(world)), "teacher": str(world.teacher), "cross_vocab": "uld"}
-    with pytest.raises(IncompatibleStoreError, match=r"threshold:16.*; type --select top-k:50, or --cross"):
-        world.train(tmp_path / "o", **options)
+    options = {"student": str(other(world)), "teacher": str(world.teacher), "min_coverage": 0.1}
+    for asked in ({"cross_vocab": "uld"}, {"cross_vocab": "mapped", "loss": ("jsd",)}):
+        with pytest.raises(IncompatibleStoreError, match=r"threshold:16.*; type --select top-k:50, or --"):
+            world.train(tmp_path / "o", **options, **asked)
 
 
 def test_another_dataset_than_the_stores_is_named_as_what_is_wrong(world: World, tmp_path: Path) -> None:

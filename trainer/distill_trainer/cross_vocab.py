@@ -53,13 +53,15 @@ def crossing_of(
                 f"{teachers.stores[0].path} was built with the tokenizer that student {config.student} has; "
                 "leave --teacher-tokenizer out"
             )
-        return _nothing_to_cross(config)
+        require_no_crossing(config)
+        return None
     several_teachers = config.combination.several
     tokenizer = None if several_teachers else teachers_tokenizer(config, teachers)
     prints = [str(store.manifest.tokenizer.fingerprint) for store in teachers.stores] or [_fingerprint(tokenizer)]
     theirs = next((fingerprint for fingerprint in prints if fingerprint != own), own)
     if theirs == own:
-        return _nothing_to_cross(config)
+        require_no_crossing(config)
+        return None
     require_crossable(config, theirs, own)
     if several_teachers:
         several = SeveralCrossings(config, teachers, student, width)
@@ -83,7 +85,7 @@ def crossing_of(
     return crossing
 
 
-def _nothing_to_cross(config: TrainConfig) -> None:
+def require_no_crossing(config: TrainConfig) -> None:
     """Check that no loss of its own is asked for where the teacher's tokenizer is the student's.
 
     Raises:

@@ -204,17 +204,16 @@ class Crossing:
                     f"beyond its own entries, and --cross-vocab {self.method} adds them up; type --cross-vocab mapped, "
                     "or `logitstore build` a store"
                 )
+        flag = "`logitstore build --select top-k:50` for another store" if self.teachers.stores else "--select top-k:50"
         if self.method in TRUNCATED and self._selection.unbiased:
-            flag = "`logitstore build --select top-k:50` for another store"
             raise IncompatibleStoreError(
                 f"--cross-vocab {self.method} puts the teacher's probabilities in order, and a sample "
-                f"({self._selection}) does not tell them; type "
-                f"{flag if self.teachers.stores else '--select top-k:50'}, or --cross-vocab mapped"
+                f"({self._selection}) does not tell them; type {flag}, or --cross-vocab mapped"
             )
         if self.method == "mapped" and self._selection.unbiased and not set(config.loss_names) <= set(LINEAR):
             raise IncompatibleStoreError(
                 f"--loss {', '.join(config.loss)} is not served across tokenizers by a sample "
-                f"({self._selection}); type `logitstore build --select top-k:50` for another store, or --loss kl"
+                f"({self._selection}); type {flag}, or --loss kl"
             )
 
     def loss(self, loss: LogitsLoss | WeightedLoss) -> AnyLoss:
