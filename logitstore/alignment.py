@@ -136,15 +136,16 @@ def turns(sequence: TokenSequence, special_ids: Set[int]) -> list[Turn]:
 def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence[Turn]) -> Alignment | None:
     """Align what is trained of two documents that are otherwise rendered differently; None where it is other text.
 
-    The last turn of one may be cut, and the other may go on. Space at the beginning of a turn is the template's, and
-    may be part of a first token: turns are compared from what follows it, and meet from there on.
+    The last turn of one may be cut, and the other may go on. Space at either end of a turn is the template's, and may
+    be part of a first or last token: turns are compared without it. They meet from what follows it on, and where they
+    do not end in the same space, up to before the end of their text.
     """
     if not its or len(its) > len(others):
         return None
     met, closing = np.full(len(one.ends), -1, np.int32), np.zeros(len(one.ends), np.bool_)
     for number, (mine, theirs) in enumerate(zip(its, others, strict=False)):
-        start, text = _turn_text(one, mine)
-        place, their_text = _turn_text(other, theirs)
+        start, text, space = _turn_text(one, mine)
+        place, their_text, their_space = _turn_text(other, theirs)
         cut = number == len(its) - 1 and mine.closing < 0
         if not (their_text.startswith(text) if cut else text == their_text):
             return None
@@ -152,14 +153,18 @@ def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence
         among = other.ends[theirs.first - 1 : theirs.stop]
         at = np.searchsorted(among, own, side="right") - 1
         same = (at >= 0) & (among[np.maximum(at, 0)] == own) & (own >= place)
+        ends_alike = not space if cut else space == their_space
+        if not ends_alike:
+            same &= own < place + len(text)
         met[mine.first - 1 : mine.stop] = np.where(same, theirs.first - 1 + at, -1)
-        if mine.closing >= 0 and theirs.closing >= 0:
+        if mine.closing >= 0 and theirs.closing >= 0 and ends_alike:
             met[mine.closing], closing[mine.closing] = theirs.closing, True
     return Alignment(met, np.zeros(len(met), np.bool_), closing)
 
 
-def _turn_text(spelled: Spelled, turn: Turn) -> tuple[int, bytes]:
-    """Where in a text a turn begins, the space before it apart, and the turn."""
-    text = spelled.text[spelled.ends[turn.first - 1] : spelled.ends[turn.stop - 1]]
-    stripped = text.lstrip(WHITESPACE)
-    return int(spelled.ends[turn.stop - 1]) - len(stripped), stripped
+def _turn_text(spelled: Spelled, turn: Turn) -> tuple[int, bytes, bytes]:
+    """Where in a text a turn begins, the space before it apart; the turn; and the space after it."""
+    start, stop = int(spelled.ends[turn.first - 1]), int(spelled.ends[turn.stop - 1])
+    behind = spelled.text[start:stop].lstrip(WHITESPACE)
+    text = behind.rstrip(WHITESPACE)
+    return stop - len(behind), text, behind[len(text) :]

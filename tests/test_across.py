@@ -551,6 +551,7 @@ def test_a_document_that_is_cut_or_goes_on_is_answered_as_far_as_the_texts_agree
         ({"loss": ("kl=0.5",), "cross_vocab": "gold"}, IncompatibleStoreError, "gold has a loss of its own"),
         ({"cross_vocab": "uld"}, IncompatibleStoreError, "threshold:16.*build --select top-k:50"),
         ({"cross_vocab": "gold"}, IncompatibleStoreError, "threshold:16.*build --select top-k:50"),
+        ({"cross_vocab": "span", "alpha": 0.0}, ConfigError, "--cross-vocab says how to learn from a teacher"),
         ({"cross_vocab": "maped"}, ConfigError, r"is maped; type --cross-vocab auto\|mapped\|span\|uld\|gold"),
         ({"min_coverage": 2.0}, ConfigError, "min_coverage is 2.0, expected 0 to 1"),
     ],
@@ -800,6 +801,19 @@ def test_turns_of_other_text_are_no_turns_and_a_cut_one_is_a_beginning() -> None
     assert turns(cut[0], special)[0].closing == -1
     assert aligned(cut, whole) is not None
     assert aligned(whole, cut) is None
+
+    spaced = made("a few bytes for every position", first.replace("+ '<|im_end|>'", "+ ' <|im_end|>'"))
+    one, other = spaced, whole
+    found = aligned(one, other)
+    assert found is not None
+    (turn,), (theirs,) = turns(one[0], special), turns(other[0], special)
+    assert found.met[turn.closing] == -1  # after the text one goes on with a space, the other ends
+    last = int(np.flatnonzero(found.met >= 0)[-1])
+    assert one[1].text[: one[1].ends[last]].endswith(other[1].text[: other[1].ends[found.met[last]]][-8:])
+    assert one[1].ends[last] < one[1].ends[turn.stop - 1] - 1
+    assert found.met[last] < theirs.stop - 1
+    alike = aligned(spaced, made("a few bytes for every position", second.replace("+ '<|im_end|>'", "+ ' <|im_end|>'")))
+    assert alike is not None and alike.met[turn.closing] >= 0
 
 
 def test_a_prompt_that_is_trained_too_is_never_taken_for_what_the_assistant_said() -> None:

@@ -333,6 +333,11 @@ def check_misses(config: "TrainConfig") -> None:
         "--teacher-adapter-path is given, and no teacher; type --teacher T with it",
     )
     _require(
+        config.distils or config.cross_vocab == "auto",
+        "--cross-vocab says how to learn from a teacher, and with --alpha 0 none is read; leave it out, or type "
+        "--alpha 0.9",
+    )
+    _require(
         config.teacher_tokenizer is None or (config.teacher is None and bool(config.store) and config.distils),
         "--teacher-tokenizer finds documents in a store, and --teacher has its own; type it with --store, without "
         "--teacher",
