@@ -29,7 +29,8 @@ def load_tokenizer(source: str, flag: str) -> Any:
     except ModelError:
         raise
     except Exception as error:  # network, hub and file formats: no common base short of this one
+        bare = path.is_dir() and not (path / "tokenizer.json").is_file()
         raise ModelError(
-            f"{flag} {source} does not load: {first_line(error)}; "
+            f"{flag} {source} does not load: {'it has no tokenizer.json' if bare else first_line(error)}; "
             "type a folder with tokenizer.json, a .gguf file, or a hub id"
         ) from error

@@ -120,6 +120,10 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (TRAIN + " --student {folder}/none", r"no model at .*; expected a directory"),
         (TRAIN + " --student {folder}/cut", r"cut/model.safetensors cannot be read .*; download it again"),
         (TRAIN + " --teacher {folder}/bare", r"bare has no config.json"),
+        (
+            "distill-train --student {student} --teacher {folder}/bare --dataset {data} --out {new}",
+            r"--teacher .*bare does not load: it has no tokenizer.json; type a folder with tokenizer.json",
+        ),
         (TRAIN + " --keep-layers 9", r"has 4 layers, --keep-layers asks for 9; type --keep-layers with at most 4"),
         (BUILD + " --teacher {folder}/narrow", r"holds token \d+, but teacher narrow knows 270 tokens; its tokenizer"),
         (TRAIN + " --student {folder}/narrow", r"holds token \d+, but student narrow knows 270 tokens; its tokenizer"),
