@@ -62,18 +62,30 @@ class Turns:
         self._done = threading.Semaphore(0)
         self.cpu_s = defaultdict[str, list[float]](list)
         """Of each step: of all threads, so also of what is read ahead meanwhile."""
+        self._failure: BaseException | None = None
 
     def begin(self, name: str, run: Callable[[], object]) -> threading.Thread:
         """Begin a run up to its first step."""
-        thread = threading.Thread(target=lambda: (self._go[name].acquire(), run(), self._done.release()), name=name)
+
+        def taking_turns() -> None:
+            self._go[name].acquire()
+            try:
+                run()
+            except BaseException as error:  # it is the main thread's to tell, which waits for this one
+                self._failure = error
+            self._done.release()
+
+        thread = threading.Thread(target=taking_turns, name=name, daemon=True)
         thread.start()
         return thread
 
     def give(self, name: str) -> None:
-        """Let a run go on to the end of a step."""
+        """Let a run go on to the end of a step; what ended it early is raised here."""
         started = time.process_time()
         self._go[name].release()
         self._done.acquire()
+        if self._failure is not None:
+            raise self._failure
         self.cpu_s[name].append(time.process_time() - started)
 
     def done(self) -> None:
