@@ -93,17 +93,8 @@ class Naming:
             with np.errstate(divide="ignore"):
                 log_tail = np.log(np.exp(log_tail.astype(np.float64)) + lost).astype(np.float32)
         cell = np.full((len(targets), 1), self.cell or 0)
-        ids, weights = summed_by_id(
-            np.concatenate([names, cell], axis=1).astype(np.uint32), np.concatenate([weights, to_cell[:, None]], axis=1)
-        )
-        return replace(
-            targets,
-            ids=ids,
-            weights=weights.astype(np.float32),
-            head_count=np.zeros_like(targets.head_count),
-            log_tail_mass=log_tail,
-            log_probs=None,
-        )
+        ids, weights = np.concatenate([names, cell], axis=1), np.concatenate([weights, to_cell[:, None]], axis=1)
+        return replace(_with_entries(targets, ids, weights), log_tail_mass=log_tail)
 
     def parted(self, targets: SparseTargets) -> SparseTargets:
         """The teacher's entries, truncated, as `distill_kernels.gold` has them: [P, k], ids ascending in a row. One
@@ -112,14 +103,7 @@ class Naming:
         names, weights = self._names_of(targets.ids), targets.weights.astype(np.float64)
         order = np.where(names < 0, -weights, 1).argsort(axis=1, kind="stable")
         ranks = order.argsort(axis=1)
-        ids, weights = summed_by_id(np.where(names >= 0, names, len(self.real) + ranks).astype(np.uint32), weights)
-        return replace(
-            targets,
-            ids=ids,
-            weights=weights.astype(np.float32),
-            head_count=np.zeros_like(targets.head_count),
-            log_probs=None,
-        )
+        return _with_entries(targets, np.where(names >= 0, names, len(self.real) + ranks), weights)
 
     def named_mass(self, targets: SparseTargets) -> npt.NDArray[np.float64]:
         """Share of each position's kept weights that have a name: float64 [P]."""
@@ -236,6 +220,15 @@ def unknown_asked(length: int, *, spans: bool) -> Asked:
         taught=np.zeros(length - 1, np.bool_),
         spans=np.full(length - 1, -1, np.int32) if spans else None,
     )
+
+
+def _with_entries(
+    targets: SparseTargets, ids: npt.NDArray[np.integer], weights: npt.NDArray[np.float64]
+) -> SparseTargets:
+    """Targets with other entries [P, k]: those of one id made one, in no head, and none with a log-prob of its own."""
+    ids, weights = summed_by_id(ids.astype(np.uint32), weights)
+    no_head = np.zeros_like(targets.head_count)
+    return replace(targets, ids=ids, weights=weights.astype(np.float32), head_count=no_head, log_probs=None)
 
 
 def _never_falling(needed: Ints, alignment: Alignment) -> Ints:

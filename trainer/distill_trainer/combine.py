@@ -5,7 +5,7 @@
     --store A --store B --combine label                       position by position, who gave the label more
     --store A=math --store B=code --combine column:subject    by the document's value in a column of the dataset
 
-All but the first are of several teachers, with one tokenizer (`teachers`).
+All but the first are of several teachers (`teachers`), whose tokenizers may differ (`several_crossings`).
 """
 
 import difflib

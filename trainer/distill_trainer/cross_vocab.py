@@ -45,8 +45,6 @@ def crossing_of(
     if not config.distils:
         return None
     own = vocabulary_of(student.tokenizer).fingerprint()
-    numbers = np.random.default_rng(config.seed).permutation(len(sequences))[:SAMPLED].tolist()
-    some = [sequences[number] for number in numbers]
     if teachers.stores and all(store.manifest.tokenizer.fingerprint == own for store in teachers.stores):
         if config.teacher_tokenizer is not None:
             raise ConfigError(
@@ -63,6 +61,8 @@ def crossing_of(
         require_no_crossing(config)
         return None
     require_crossable(config, theirs, own)
+    numbers = np.random.default_rng(config.seed).permutation(len(sequences))[:SAMPLED].tolist()
+    some = [sequences[number] for number in numbers]
     if several_teachers:
         several = SeveralCrossings(config, teachers, student, width)
         several.require_coverage(config, some, say)

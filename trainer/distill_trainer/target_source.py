@@ -83,9 +83,9 @@ def target_source(
         ModelError: the teacher does not load.
         StoreWriteError: answers cannot be kept, or another run keeps its own there.
     """
-    fingerprint = vocabulary_of(tokenizer).fingerprint()
     stores, recipe = teachers.stores, teachers.recipe
-    if not crosses:
+    if stores and not crosses:
+        fingerprint = vocabulary_of(tokenizer).fingerprint()
         for store in stores:
             require_same_tokenizer(store, fingerprint, config.student)
     if config.teacher is None:

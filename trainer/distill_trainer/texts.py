@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from distill_trainer.two_prompts import UNCUT
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, common_prefix, spell, turns
 from logitstore.contract import Store
 from logitstore.documents import Document
@@ -25,7 +26,6 @@ from logitstore.vocabulary import vocabulary_of
 FIRST = 16
 """Bytes of the shortest beginning that is looked up; each further one is `STEP` times as long."""
 STEP = 4
-UNCUT = 1 << 31
 MOST_ALIKE = 64
 """Of documents that begin alike, so many are compared with the text that is looked up; more are put in order."""
 
