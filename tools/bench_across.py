@@ -35,7 +35,7 @@ from logitstore.plots import Table
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
 from logitstore.vocabulary import vocabulary_of
-from tools.bench_parts import Found, Target, Titled
+from tools.bench_parts import Found, Target, Titled, mean_and_error
 from tools.bench_store import target_table
 from tools.bench_text import Taught, teach
 from tools.quality_world import begun_llama, trained_tokenizer
@@ -48,6 +48,8 @@ LENGTH = 256
 METHODS = {"cross-entropy": SELECT, "mapped": SELECT, "span": SELECT, "uld": "top-k:50", "gold": "top-k:50"}
 """Each with what the store keeps."""
 ALPHA = 0.5
+DIGITS = 3
+"""Of bits per byte."""
 BATCH_SIZE = 8
 LEARNING_RATE = 3e-3
 SETTINGS = {"alpha": ALPHA, "length": LENGTH, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE}
@@ -185,7 +187,12 @@ def found(runs: Sequence[dict[str, Any]], teacher_bits: float, costs: dict[str, 
     for method, values in bits.items():
         nearer = bits["cross-entropy"] - values
         rows.append(
-            (method, _mean(values), "" if method == "cross-entropy" else _mean(nearer, signed=True), str(len(values)))
+            (
+                method,
+                mean_and_error(values, DIGITS),
+                "" if method == "cross-entropy" else mean_and_error(nearer, DIGITS, signed=True),
+                str(len(values)),
+            )
         )
     remark = (
         f"{steps} steps of {BATCH_SIZE} documents of at most {LENGTH} tokens, alpha {ALPHA} (cross-entropy weighs "
@@ -199,13 +206,6 @@ def found(runs: Sequence[dict[str, Any]], teacher_bits: float, costs: dict[str, 
     targets = [Target.at_least("mapped, which auto takes here: bits per byte below cross-entropy's", 0, ahead, ".4f")]
     targets.append(Target.at_most("carrying a batch over, share of a step", 0.02, costs["carry_s"] / step_s, ".4f"))
     return Found([Titled("Students of another tokenizer", remark, Table(header, tuple(rows)))], tuple(targets))
-
-
-def _mean(values: Any, signed: bool = False) -> str:
-    form = "+.3f" if signed else ".3f"
-    if len(values) < 2:
-        return format(float(values.mean()), form)
-    return f"{format(float(values.mean()), form)} ± {values.std(ddof=1) / math.sqrt(len(values)):.3f}"
 
 
 def show(out: Path, found: Found, numbers: dict[str, Any]) -> None:

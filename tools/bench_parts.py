@@ -5,6 +5,7 @@ makes tables, figures and targets of them. A part that measures one core's speed
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from logitstore.plots import Figure, Table
 
@@ -70,6 +72,14 @@ class Found:
     tables: Sequence[Titled]
     targets: Sequence[Target] = ()
     figures: Sequence[Figure] = field(default=())
+
+
+def mean_and_error(values: npt.NDArray[np.float64], digits: int, *, signed: bool = False) -> str:
+    """A mean over seeds and its standard error, which a single one has not."""
+    mean = format(float(values.mean()), f"{'+' if signed else ''}.{digits}f")
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {values.std(ddof=1) / math.sqrt(len(values)):.{digits}f}"
 
 
 @dataclass(frozen=True)

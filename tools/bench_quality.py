@@ -37,7 +37,7 @@ from logitstore.sequences import TokenSequence
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from tools.bench_layouts import file_bytes
-from tools.bench_parts import Found, Target, Titled
+from tools.bench_parts import Found, Target, Titled, mean_and_error
 from tools.bench_store import target_table
 from tools.quality_world import World, small_world, smollm2_world
 
@@ -47,6 +47,8 @@ WORLDS: dict[str, tuple[Callable[[Path, int], World], int]] = {
 }
 """Each with its usual number of steps."""
 WITHIN_NATS = 0.01
+DIGITS = 4
+"""Of figures."""
 FIGURES = ("kl", "ce", "agreement", "ece")
 
 
@@ -166,7 +168,14 @@ def found(world: World, runs: Sequence[dict[str, Any]], sizes: dict[str, float])
     rows = []
     for name, found in values.items():
         size = f"{sizes[name]:.1f}" if name in sizes else "-"
-        rows.append((name, size, *map(_mean, found.T), _mean(found[:, 0] - full, signed=True)))
+        rows.append(
+            (
+                name,
+                size,
+                *(mean_and_error(figure, DIGITS) for figure in found.T),
+                mean_and_error(found[:, 0] - full, DIGITS, signed=True),
+            )
+        )
     header = ("method", "bytes/token", "KL", "CE", "agreement", "ECE", "KL above full online")
     positions = sum(int(s.trained.sum()) for s in world.held_out)
     remark = (
@@ -183,13 +192,6 @@ def found(world: World, runs: Sequence[dict[str, Any]], sizes: dict[str, float])
         Target.at_least("cross-entropy's KL above threshold:16's, nats", 0, float((ce - threshold).mean()), ".4f"),
     )
     return Found([Titled("What students learn", remark, Table(header, tuple(rows)))], targets, [figure(values, sizes)])
-
-
-def _mean(values: Any, signed: bool = False) -> str:
-    form = "+.4f" if signed else ".4f"
-    if len(values) == 1:
-        return format(float(values[0]), form)
-    return f"{format(float(values.mean()), form)} ± {values.std(ddof=1) / math.sqrt(len(values)):.4f}"
 
 
 def figure(values: dict[str, Any], sizes: dict[str, float]) -> Figure:
