@@ -2,11 +2,14 @@
 
 A file is fetched whole, once, and kept while there is room: its digest is held against all of it before a value is
 used, so a part of a file is never enough. For training over a network see the overlay of `distill-train --write-back`.
+Only `stream`, for moving stores, goes through a file once and keeps nothing.
 """
 
+import os
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Set
+from collections.abc import Iterator, Sequence, Set
 from datetime import timedelta
 from typing import Any
 
@@ -15,10 +18,15 @@ import numpy.typing as npt
 
 from logitstore.errors import StoreFormatError, first_line
 from logitstore.files import CannotList
+from logitstore.sealed import GROUP, MOST_JSON_BYTES
 
 KEPT_BYTES = 512 << 20
 TIMEOUT_S = 30
+"""Without a byte. However long a file takes as a whole, an hour is enough."""
+WHOLE_S = 3600
 RETRIES = 4
+TOKEN = "LOGITSTORE_TOKEN"
+"""The environment variable with the token for a service."""
 
 
 class RemoteFiles:
@@ -28,7 +36,13 @@ class RemoteFiles:
         StoreFormatError: `obstore` is not installed, or knows no such URL.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, listing: Sequence[str] | None = None, token: str | None = None) -> None:
+        """Open what lies below a URL.
+
+        Args:
+            listing: every file there, where it is known from elsewhere: plain HTTP lists none.
+            token: for the Authorization header of plain HTTP; by default that of `LOGITSTORE_TOKEN`.
+        """
         try:
             import obstore
             from obstore.store import HTTPStore, from_url
@@ -36,15 +50,21 @@ class RemoteFiles:
             raise StoreFormatError(f"{url} needs obstore; type `pip install 'logitstore[remote]'`") from error
         self.url = url
         self._obstore: Any = obstore
+        options: dict[str, Any] = {
+            "timeout": timedelta(seconds=WHOLE_S),
+            "read_timeout": timedelta(seconds=TIMEOUT_S),
+            "allow_http": True,
+        }
+        token = os.environ.get(TOKEN) if token is None else token
+        if token and re.match("https?://", url):
+            options["default_headers"] = {"authorization": f"Bearer {token}"}
+        retries = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=2 * TIMEOUT_S)}
         try:
-            self._store: Any = from_url(
-                url,
-                client_options={"timeout": timedelta(seconds=TIMEOUT_S), "allow_http": True},
-                retry_config={"max_retries": RETRIES, "retry_timeout": timedelta(seconds=2 * TIMEOUT_S)},
-            )
+            self._store: Any = from_url(url, client_options=options, retry_config=retries)
         except Exception as error:  # obstore raises what its parsers raise
             raise StoreFormatError(f"{url} is no URL that obstore knows ({first_line(error)})") from error
         self._lists = not isinstance(self._store, HTTPStore)
+        self._listing = None if listing is None else sorted(listing)
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -52,12 +72,36 @@ class RemoteFiles:
         """See `files.Files`."""
         with self._lock:
             data = self._kept.pop(name, None)
-            if data is None:
+            if data is None and name.split("/")[-1] == GROUP:
+                data = b"".join(self.stream(name, 0, MOST_JSON_BYTES + 1))  # what is too long is not fetched whole to find out
+            elif data is None:
                 data = self._ask(lambda: bytes(self._obstore.get(self._store, name).bytes()), name)
             self._kept[name] = data
             while sum(map(len, self._kept.values())) > KEPT_BYTES and len(self._kept) > 1:
                 self._kept.popitem(last=False)
         return data[start:stop]
+
+    def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes start .. stop - 1 of a file in pieces, as they come; fewer where it ends before.
+
+        Raises:
+            OSError: as `read`, now or between two pieces.
+        """
+        options = {"range": {"offset": start}} if start else {}
+        try:
+            found = self._ask(lambda: self._obstore.get(self._store, name, options=options), name)
+        except _NoRangesError:
+            found = self._ask(lambda: self._obstore.get(self._store, name), name)
+        pieces, at = iter(found.stream(min_chunk_size=1)), int(found.range[0])
+        while at < stop:
+            piece: bytes | None = self._ask(
+                lambda: bytes(got) if (got := next(pieces, None)) is not None else None, name
+            )
+            if piece is None:
+                return
+            if at + len(piece) > start:
+                yield piece[max(start - at, 0) : stop - at]
+            at += len(piece)
 
     def size(self, name: str) -> int:
         """See `files.Files`."""
@@ -74,7 +118,10 @@ class RemoteFiles:
         """See `files.Files`."""
         self._require_listing(folder)
         prefix = f"{folder}/" if folder else ""
-        found = self._ask(lambda: [item["path"] for page in self._list(folder) for item in page], folder)
+        if self._listing is not None:
+            found = [name for name in self._listing if name.startswith(prefix)]
+        else:
+            found = self._ask(lambda: [item["path"] for page in self._list(folder) for item in page], folder)
         below = (path.removeprefix(prefix) for path in found)
         return sorted(name for name in below if not any(part.startswith(".") for part in name.split("/")))
 
@@ -82,12 +129,14 @@ class RemoteFiles:
         """See `files.Files`."""
         del known
         self._require_listing(folder)
+        if self._listing is not None:
+            return {name.split("/")[0] for name in self.names(folder) if "/" in name}
         found = self._ask(lambda: self._obstore.list_with_delimiter(self._store, folder)["common_prefixes"], folder)
         names = (path.rstrip("/").split("/")[-1] for path in found)
         return {name for name in names if not name.startswith(".")}
 
     def _require_listing(self, folder: str) -> None:
-        if not self._lists:
+        if not self._lists and self._listing is None:
             raise CannotList(f"{self.url}/{folder} cannot be listed: plain HTTP has no folders")
 
     def _list(self, folder: str) -> Any:
@@ -98,5 +147,11 @@ class RemoteFiles:
             return question()
         except FileNotFoundError:
             raise FileNotFoundError(2, "no such file", f"{self.url}/{name}") from None
+        except self._obstore.exceptions.NotSupportedError as error:
+            raise _NoRangesError(f"{self.url}/{name} is not given in parts") from error
         except Exception as error:  # obstore raises what the network and its servers give
             raise OSError(f"{self.url}/{name} cannot be read ({first_line(error)})") from error
+
+
+class _NoRangesError(OSError):
+    """A server that gives a file as a whole only."""

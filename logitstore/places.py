@@ -1,0 +1,70 @@
+"""What was typed as the place of a store that is moved: a folder, a zip file, or a URL of one of several kinds."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from logitstore.errors import ConfigError
+from logitstore.folder_destination import FolderDestination
+from logitstore.object_destination import ObjectDestination
+from logitstore.remote_files import RemoteFiles
+from logitstore.store import files_of, is_lmdb_store
+from logitstore.transfer import JOBS, Destination, MoveReport, Source, move
+
+_URL = re.compile(r"([a-z0-9]+)://(.*)", re.DOTALL)
+
+
+def push(store: str, url: str, jobs: int = JOBS, *, quiet: bool = False) -> MoveReport:
+    """Bring to `url` what it lacks of a store; see `transfer.move`. `pull` is the same with the places turned round.
+
+    Raises:
+        ConfigError: a place that no store is moved to or from.
+        StoreError: as `transfer.move`.
+    """
+    source = source_of(store)
+    with destination_of(url) as destination:
+        return move(source, destination, jobs, quiet=quiet)
+
+
+def source_of(place: str) -> Source:
+    """Where a store is read.
+
+    Raises:
+        ConfigError: an LMDB file, which has no parts.
+        StoreError: nothing there, or a URL that nobody knows.
+    """
+    scheme, rest = _split(place)
+    if scheme:
+        return Source(RemoteFiles(place), place)
+    path = Path(rest).expanduser()
+    if is_lmdb_store(path):
+        raise ConfigError(
+            f"{path} is an LMDB file, which is not moved in parts; type `logitstore convert {path} "
+            f"{path.with_suffix('.zarr')}` first, and move that"
+        )
+    return Source(files_of(path), str(path))
+
+
+@contextmanager
+def destination_of(place: str) -> Iterator[Destination]:
+    """Where a store is written, held as long as that takes.
+
+    Raises:
+        ConfigError: a place that takes no store.
+        StoreError: it cannot be written.
+    """
+    scheme, rest = _split(place)
+    if scheme:
+        yield ObjectDestination(RemoteFiles(place), place)
+        return
+    with FolderDestination.opened(Path(rest).expanduser()) as folder:
+        yield folder
+
+
+def _split(place: str) -> tuple[str, str]:
+    """The scheme of a URL, "" for a path, and what follows."""
+    match = _URL.fullmatch(place)
+    if match is None or match[1] == "file":
+        return "", match[2] if match else place
+    return match[1], match[2]
