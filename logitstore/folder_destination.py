@@ -1,7 +1,7 @@
 """A folder that a store is moved into. Readers see a part when all of it is there; see `incoming`."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from logitstore.files import LocalFiles
 from logitstore.incoming import Incoming, WrongOffsetError, write_all
 from logitstore.parts import Part, folder_of
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
-from logitstore.transfer import Source
+from logitstore.transfer import Pieces, Source
 from logitstore.zarr_store import ZarrStore
 
 SUFFIXES = (".zip", ".lmdb")
@@ -46,9 +46,7 @@ class FolderDestination:
             with cls(path)._incoming.alone():
                 yield cls(path)
         except BlockingIOError as error:
-            raise StoreWriteError(
-                f"another process is moving a store into {path}; wait for it, or end it"
-            ) from error
+            raise StoreWriteError(f"another process is moving a store into {path}; wait for it, or end it") from error
         except OSError as error:
             raise cannot_write(path, error) from error
 
@@ -90,21 +88,21 @@ class FolderDestination:
         free = shutil.disk_usage(self.path).free
         if free < size_bytes + SPARE_BYTES:
             raise StoreWriteError(
-                f"{self.path} has {free:,} bytes free, {size_bytes + SPARE_BYTES:,} are needed; free some, and type the "
-                "same command again"
+                f"{self.path} has {free:,} bytes free, {size_bytes + SPARE_BYTES:,} are needed; free some, and type "
+                "the same command again"
             )
 
     def received(self, part: Part) -> dict[str, int]:
         """See `transfer.Destination`."""
         return self._incoming.received(part) if self._incoming.group(part.name) == part.group else {}
 
-    def receive(self, part: Part, file: str, offset: int, pieces: Iterable[bytes], path: Path | None) -> None:
+    def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
         """See `transfer.Destination`."""
         del path
         try:
             self._incoming.begin(part)
             with self._incoming.appending(part, file, offset) as handle:
-                for piece in pieces:
+                for piece in pieces(offset):
                     write_all(handle, piece)
         except CorruptStoreError:
             self._incoming.drop(part, file)
@@ -139,5 +137,6 @@ class FolderDestination:
 
 def _damaged(path: Path, name: str) -> CorruptStoreError:
     return CorruptStoreError(
-        f"{path}/{folder_of(name)}/{GROUP} is damaged; type `logitstore verify --repair {path}`, then this command again"
+        f"{path}/{folder_of(name)}/{GROUP} is damaged; type `logitstore verify --repair {path}`, then this command "
+        "again"
     )

@@ -5,6 +5,7 @@ size says what of it has arrived, and after a kill the next command goes on ther
 rename shows the part to readers. A name that begins with a dot is no part of a store, so none of them sees it before.
 """
 
+import fcntl
 import os
 import shutil
 import time
@@ -110,6 +111,20 @@ class Incoming:
                 raise WrongOffsetError(size)
             yield handle
 
+    @contextmanager
+    def finishing(self, part: Part) -> Iterator[None]:
+        """Be the only one who checks and shows a part.
+
+        Raises:
+            FileNotFoundError: it was not begun, or somebody has shown it meanwhile.
+        """
+        path = self._place(part.name) / GROUP
+        with path.open("rb") as group:
+            fcntl.flock(group, fcntl.LOCK_EX)
+            if not os.fstat(group.fileno()).st_nlink or self.group(part.name) != part.group:
+                raise FileNotFoundError(2, "is gone", str(path))
+            yield
+
     def problems(self, part: Part) -> list[Problem]:
         """Files that have not arrived, or not as they should. Those that are as long as they should be are removed."""
         found = list(file_problems(LocalFiles(self.folder), part.folder, part.files))
@@ -182,6 +197,10 @@ class Incoming:
         for folder in (self.folder / "shards", self.folder):
             with suppress(OSError):
                 folder.rmdir()
+
+    def age_s(self, name: str) -> float:
+        """Seconds since something of a part has arrived."""
+        return age_s(self._place(name))
 
     def _places(self) -> list[Path]:
         shards = self.folder / "shards"

@@ -5,16 +5,15 @@ bucket finds no shard without one. The index, which a place without listing need
 """
 
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
-from logitstore.errors import CorruptStoreError, StoreWriteError
+from logitstore.errors import StoreWriteError
 from logitstore.files import CannotList
-from logitstore.parts import FIDELITY, ROOT, Part, folder_of
+from logitstore.parts import Part, folder_of
 from logitstore.remote_files import RemoteFiles
-from logitstore.sealed import GROUP, file_digest, file_problems, read_group, unseal_group
-from logitstore.stored_index import FOLDER, indexed_shards
-from logitstore.transfer import Source, index_of
+from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
+from logitstore.stored_index import FOLDER
+from logitstore.transfer import Pieces, Source, index_of
 
 
 class ObjectDestination:
@@ -23,7 +22,6 @@ class ObjectDestination:
     def __init__(self, files: RemoteFiles, where: str) -> None:
         self._files, self._where = files, where
         self._lock = threading.Lock()
-        self._sizes: dict[str, dict[str, int]] = {}
         self._sent: set[str] = set()
 
     @property
@@ -71,7 +69,7 @@ class ObjectDestination:
     def received(self, part: Part) -> dict[str, int]:
         """See `transfer.Destination`."""
         try:
-            sizes = self._files.sizes(part.folder or "vocabulary") | ({} if part.folder else self._files.sizes("shards", 1))
+            sizes = self._files.sizes(part.folder or "vocabulary")
         except OSError as error:
             raise self._cannot(error) from error
         whole = {}
@@ -80,11 +78,11 @@ class ObjectDestination:
                 whole[file] = entry["bytes"]
         return whole
 
-    def receive(self, part: Part, file: str, offset: int, pieces: Iterable[bytes], path: Path | None) -> None:
+    def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
         """See `transfer.Destination`: the whole file."""
         del path, offset
         try:
-            self._files.put(part.path(file), pieces, part.files[file]["bytes"])
+            self._files.put(part.path(file), pieces(0), part.files[file]["bytes"])
         except OSError as error:
             raise self._cannot(error) from error
         with self._lock:
@@ -94,13 +92,19 @@ class ObjectDestination:
         """See `transfer.Destination`. Files that were there before are read again: only their size was known."""
         with self._lock:
             unsure = {file: entry for file, entry in part.files.items() if part.path(file) not in self._sent}
-        bad = [problem.file for problem in file_problems(self._files, part.folder, unsure)]
-        if not bad:
-            try:
+        try:
+            bad = [f for f, entry in unsure.items() if self._digest(part.path(f), entry["bytes"]) != entry["digest"]]
+            if not bad:
                 self._files.put(part.path(), [part.group], len(part.group))
-            except OSError as error:
-                raise self._cannot(error) from error
+        except OSError as error:
+            raise self._cannot(error) from error
         return bad
+
+    def _digest(self, name: str, size: int) -> str:
+        try:
+            return self._files.digest(name, size)
+        except FileNotFoundError:
+            return ""
 
     def finish(self, source: Source) -> str:
         """See `transfer.Destination`: the index, if one can be made without fetching what is there."""
@@ -116,10 +120,9 @@ class ObjectDestination:
                     self._files.delete(f"{FOLDER}/{GROUP}")  # without it the rest is looked at by nobody
                 except FileNotFoundError:
                     pass
-                for name in index.names(FOLDER):
-                    if name != GROUP:
-                        data = index.read(f"{FOLDER}/{name}")
-                        self._files.put(f"{FOLDER}/{name}", [data], len(data))
+                for name in unseal_group(group, FOLDER)["files"]:
+                    data = index.read(f"{FOLDER}/{name}")
+                    self._files.put(f"{FOLDER}/{name}", [data], len(data))
                 self._files.put(f"{FOLDER}/{GROUP}", [group], len(group))
         except OSError as error:
             raise self._cannot(error) from error
@@ -127,6 +130,6 @@ class ObjectDestination:
 
     def _cannot(self, error: OSError) -> StoreWriteError:
         return StoreWriteError(
-            f"{self._where} cannot be used ({error.strerror or error}); what is finished is kept, mend this and type the "
-            "same command again"
+            f"{self._where} cannot be used ({error.strerror or error}); what is finished is kept, mend this and type "
+            "the same command again"
         )

@@ -58,7 +58,7 @@ class Part:
     @property
     def total_bytes(self) -> int:
         """All of its bytes."""
-        return len(self.group) + sum(entry["bytes"] for entry in self.files.values())
+        return len(self.group) + sum(int(entry["bytes"]) for entry in self.files.values())
 
     def path(self, file: str = GROUP) -> str:
         """A file's name from the store's folder."""
@@ -98,6 +98,8 @@ def part_of(name: str, group: bytes, manifest: Manifest, where: object) -> Part:
         IncompatibleStoreError: they are another store's.
     """
     path = f"{where}/{folder_of(name)}/{GROUP}"
+    found: object
+    expected: object
     if name == FIDELITY:
         unseal_group(group, path)
         return Part(name, group, {})

@@ -12,6 +12,7 @@ from logitstore.remote_files import RemoteFiles
 from logitstore.store import files_of, is_lmdb_store
 from logitstore.transfer import JOBS, Destination, MoveReport, Source, move
 
+UPLOAD_S = 300.0
 _URL = re.compile(r"([a-z0-9]+)://(.*)", re.DOTALL)
 
 
@@ -56,7 +57,7 @@ def destination_of(place: str) -> Iterator[Destination]:
     """
     scheme, rest = _split(place)
     if scheme:
-        yield ObjectDestination(RemoteFiles(place), place)
+        yield ObjectDestination(RemoteFiles(place, timeout_s=UPLOAD_S), place)
         return
     with FolderDestination.opened(Path(rest).expanduser()) as folder:
         yield folder

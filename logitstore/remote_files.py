@@ -1,16 +1,17 @@
-"""A store behind a URL: http(s)://, s3://, gs://, az:// through `obstore`, the only file that speaks to it. Read only.
+"""A store behind a URL: http(s)://, s3://, gs://, az:// through `obstore`, the only file that speaks to it.
 
 A file is fetched whole, once, and kept while there is room: its digest is held against all of it before a value is
 used, so a part of a file is never enough. For training over a network see the overlay of `distill-train --write-back`.
-Only `stream`, for moving stores, goes through a file once and keeps nothing.
+Only `stream`, `digest` and `put`, for moving stores, go through a file once and keep nothing.
 """
 
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ TIMEOUT_S = 30
 """Without a byte. However long a file takes as a whole, an hour is enough."""
 WHOLE_S = 3600
 RETRIES = 4
+PART_BYTES = 8 << 20
+"""Of a file that is written in several requests."""
 TOKEN = "LOGITSTORE_TOKEN"
 """The environment variable with the token for a service."""
 
@@ -36,11 +39,14 @@ class RemoteFiles:
         StoreFormatError: `obstore` is not installed, or knows no such URL.
     """
 
-    def __init__(self, url: str, listing: Sequence[str] | None = None, token: str | None = None) -> None:
+    def __init__(
+        self, url: str, listing: Sequence[str] | None = None, token: str | None = None, timeout_s: float | None = None
+    ) -> None:
         """Open what lies below a URL.
 
         Args:
             listing: every file there, where it is known from elsewhere: plain HTTP lists none.
+            timeout_s: without a byte, by default `TIMEOUT_S`; in which a request's bytes must have been taken, too.
             token: for the Authorization header of plain HTTP; by default that of `LOGITSTORE_TOKEN`.
         """
         try:
@@ -50,15 +56,15 @@ class RemoteFiles:
             raise StoreFormatError(f"{url} needs obstore; type `pip install 'logitstore[remote]'`") from error
         self.url = url
         self._obstore: Any = obstore
-        options: dict[str, Any] = {
+        options: Any = {
             "timeout": timedelta(seconds=WHOLE_S),
-            "read_timeout": timedelta(seconds=TIMEOUT_S),
+            "read_timeout": timedelta(seconds=timeout_s or TIMEOUT_S),
             "allow_http": True,
         }
         token = os.environ.get(TOKEN) if token is None else token
         if token and re.match("https?://", url):
             options["default_headers"] = {"authorization": f"Bearer {token}"}
-        retries = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=2 * TIMEOUT_S)}
+        retries: Any = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=2 * TIMEOUT_S)}
         try:
             self._store: Any = from_url(url, client_options=options, retry_config=retries)
         except Exception as error:  # obstore raises what its parsers raise
@@ -73,7 +79,9 @@ class RemoteFiles:
         with self._lock:
             data = self._kept.pop(name, None)
             if data is None and name.split("/")[-1] == GROUP:
-                data = b"".join(self.stream(name, 0, MOST_JSON_BYTES + 1))  # what is too long is not fetched whole to find out
+                data = b"".join(
+                    self.stream(name, 0, MOST_JSON_BYTES + 1)
+                )  # what is too long is not fetched whole to find out
             elif data is None:
                 data = self._ask(lambda: bytes(self._obstore.get(self._store, name).bytes()), name)
             self._kept[name] = data
@@ -102,6 +110,52 @@ class RemoteFiles:
             if at + len(piece) > start:
                 yield piece[max(start - at, 0) : stop - at]
             at += len(piece)
+
+    def digest(self, name: str, size: int) -> str:
+        """`sealed.file_digest` of a file of so many bytes."""
+        digest = blake2b(digest_size=16)
+        for piece in self.stream(name, 0, size):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below a folder, by its name from the URL.
+
+        Raises:
+            CannotList: as `names`.
+        """
+        self._require_listing(folder)
+        pages = self._ask(lambda: list(self._list(folder)), folder)
+        return {item["path"]: int(item["size"]) for page in pages for item in page}
+
+    def put(self, name: str, pieces: Iterable[bytes], size: int) -> None:
+        """Write a file of so many bytes: whole, or not at all. What the pieces raise goes through.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if size <= PART_BYTES:
+            data: Any = b"".join(pieces)
+        else:
+            data = _Pieces(pieces)
+        try:
+            self._obstore.put(self._store, name, data, chunk_size=PART_BYTES, max_concurrency=2)
+        except Exception as error:
+            if isinstance(data, _Pieces) and data.error is not None:
+                raise data.error from None
+            raise OSError(f"{self.url}/{name} cannot be written ({first_line(error)})") from error
+        with self._lock:
+            self._kept.pop(name, None)
+
+    def delete(self, name: str) -> None:
+        """Remove a file.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        self._ask(lambda: self._obstore.delete(self._store, name), name)
+        with self._lock:
+            self._kept.pop(name, None)
 
     def size(self, name: str) -> int:
         """See `files.Files`."""
@@ -155,3 +209,23 @@ class RemoteFiles:
 
 class _NoRangesError(OSError):
     """A server that gives a file as a whole only."""
+
+
+class _Pieces:
+    """Pieces that remember what they raised: obstore may hand on something else."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return next(self._pieces)
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self.error = error
+            raise

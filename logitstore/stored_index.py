@@ -161,8 +161,9 @@ def indexed_shards(files: Files, where: object) -> list[str] | None:
     try:
         attributes = unseal_group(read_group(files, FOLDER), path)
         entries, count = attributes.get("files"), attributes.get("shards")
-        known = are_file_entries(entries) and isinstance(count, int) and 0 <= count < MOST_SHARDS
-        if not known or (count and not 0 <= entries.get(file, {"bytes": -1})["bytes"] <= 2 * NAME_BYTES * count + 64):
+        if not (are_file_entries(entries) and isinstance(count, int) and 0 <= count < MOST_SHARDS):
+            raise damaged(path, "says what no logitstore writes")
+        if count and not 0 <= entries.get(file, {"bytes": -1})["bytes"] <= 2 * NAME_BYTES * count + 64:
             raise damaged(path, "says what no logitstore writes")
         if not count:
             return []

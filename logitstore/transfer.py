@@ -1,16 +1,17 @@
 """Move a store: the parts that the destination lacks, by digest, several files at once, each going on where it stopped.
 
-One loop for every pair of places. A `Source` gives bytes, a `Destination` takes them and shows a part when it has all of
-it; neither is believed. What arrives is what the source's sealed `zarr.json` files say, or an error.
+One loop for every pair of places. A `Source` gives bytes, a `Destination` takes them and shows a part when it has all
+of it; neither is believed. What arrives is what the source's sealed `zarr.json` files say, or an error.
 """
 
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +19,13 @@ from typing import Protocol
 from tqdm import tqdm
 
 from logitstore.entries import read_root
-from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError, StoreLostError
+from logitstore.errors import (
+    CorruptStoreError,
+    IncompatibleStoreError,
+    ServiceLostError,
+    StoreFormatError,
+    StoreLostError,
+)
 from logitstore.files import CannotList, Files, LocalFiles, ZipFiles
 from logitstore.manifest import Manifest
 from logitstore.parts import ROOT, Part, part_names, parts_of, root_part
@@ -61,6 +68,9 @@ class Source:
             yield piece
 
 
+Pieces = Callable[[int], Iterator[bytes]]
+
+
 class Destination(Protocol):
     """Where a store is written, part by part. Its methods may be called by several threads at once."""
 
@@ -89,10 +99,11 @@ class Destination(Protocol):
         """How many bytes of its files are there already; where another part of that name is, none."""
         ...
 
-    def receive(self, part: Part, file: str, offset: int, pieces: Iterable[bytes], path: Path | None) -> None:
+    def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
         """Take a file's bytes from an offset on, which is what `received` says.
 
         Args:
+            pieces: gives the bytes from an offset on.
             path: where the file lies, if it does in the file system.
 
         Raises:
@@ -166,7 +177,7 @@ def move(source: Source, destination: Destination, jobs: int = JOBS, *, quiet: b
     arrived = sum(sum(sizes.values()) for sizes in received.values())
     destination.require_room(total - arrived)
     with tqdm(total=total, initial=arrived, unit="B", unit_scale=True, desc="move", delay=1, disable=quiet) as bar:
-        moving = _Moving(source, destination, received, bar)
+        moving = _Moving(source, destination, received, bar.update)
         for some in ([part for part in wanted if part.name == ROOT], [p for p in wanted if p.name != ROOT]):
             moving.run(some, jobs)
     report.parts, report.sent_bytes = len(wanted), moving.sent_bytes
@@ -189,7 +200,9 @@ def _reading(source: Source) -> Iterator[None]:
 
 
 def _lost(source: Source, why: object) -> StoreLostError:
-    return StoreLostError(f"{source.where} answers no more ({why}); what has arrived is kept, type the same command again")
+    return StoreLostError(
+        f"{source.where} answers no more ({why}); what has arrived is kept, type the same command again"
+    )
 
 
 def _require_same(source: Source, manifest: Manifest, destination: Destination) -> None:
@@ -241,7 +254,9 @@ def _require_sound(source: Source, parts: list[Part], *, quiet: bool) -> None:
 
 
 def _damaged(source: Source, name: str, fault: str) -> CorruptStoreError:
-    mend = "type `logitstore verify --repair` on it" if source.local else "type `logitstore verify --repair` where it is"
+    mend = (
+        "type `logitstore verify --repair` on it" if source.local else "type `logitstore verify --repair` where it is"
+    )
     return CorruptStoreError(f"{source.where}/{name}: {fault}; {mend}, then this command again")
 
 
@@ -249,9 +264,13 @@ class _Moving:
     """Parts on their way."""
 
     def __init__(
-        self, source: Source, destination: Destination, received: dict[str, dict[str, int]], bar: "tqdm[None]"
+        self,
+        source: Source,
+        destination: Destination,
+        received: dict[str, dict[str, int]],
+        update: Callable[[int], object],
     ) -> None:
-        self._source, self._destination, self._received, self._bar = source, destination, received, bar
+        self._source, self._destination, self._received, self._update = source, destination, received, update
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._left: Counter[str] = Counter()
         self.sent_bytes = 0
@@ -294,9 +313,9 @@ class _Moving:
         path = self._source.path(part.path(file))
         while offset < part.files[file]["bytes"] or not part.files[file]["bytes"]:
             try:
-                self._destination.receive(part, file, offset, self._pieces(part, file, offset), path)
+                self._destination.receive(part, file, offset, partial(self._pieces, part, file), path)
                 return
-            except StoreLostError:
+            except (StoreLostError, ServiceLostError):
                 before, offset = offset, self._destination.received(part).get(file, 0)
                 if offset <= before or self._stop.is_set():
                     raise
@@ -328,7 +347,7 @@ class _Moving:
     def _count(self, size: int) -> None:
         with self._lock:
             self.sent_bytes += size
-            self._bar.update(size)
+            self._update(size)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 shelf (stores) ── store_files   their files, as they are
                ├─ answers       targets by token ids ── desk (the teacher, one computation for all)
+               ├─ uploads       parts of stores, shown when they are whole
                ├─ facts         what there is, and how it is doing
                └─ meters, openapi
 """
@@ -24,7 +25,7 @@ from logitstore.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from logitstore.service import answers, facts, meters, openapi, store_files
+from logitstore.service import answers, facts, meters, openapi, store_files, uploads
 from logitstore.service.access import Access
 from logitstore.service.desk import CannotTeachError, Desk, QueueFullError
 from logitstore.service.limits import Limits
@@ -58,6 +59,7 @@ def create_app(
         *meters.routes(counted, access),
         *facts.routes(shelf, desk, access, counted),
         *answers.routes(shelf, desk, access, counted),
+        *uploads.routes(shelf, access),
         *store_files.routes(shelf, access),  # last: it takes every path
     ]
     return Starlette(
