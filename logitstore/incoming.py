@@ -223,9 +223,10 @@ def write_all(handle: FileIO, data: bytes) -> None:
 
 
 def age_s(folder: Path) -> float:
-    """Seconds since something below a folder was written."""
-    times = [folder.stat().st_mtime]
+    """Seconds since a file below a folder was written."""
+    times = []
     for path in folder.rglob("*"):
         with suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return time.time() - max(times)
+            if path.is_file() and path.name != LOCK:
+                times.append(path.stat().st_mtime)
+    return time.time() - max(times, default=folder.stat().st_mtime)

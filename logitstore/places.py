@@ -7,6 +7,7 @@ from pathlib import Path
 
 from logitstore.errors import ConfigError
 from logitstore.folder_destination import FolderDestination
+from logitstore.hub import HubDestination, hub_source
 from logitstore.object_destination import ObjectDestination
 from logitstore.remote_files import RemoteFiles
 from logitstore.store import files_of, is_lmdb_store
@@ -36,6 +37,8 @@ def source_of(place: str) -> Source:
         StoreError: nothing there, or a URL that nobody knows.
     """
     scheme, rest = _split(place)
+    if scheme == "hf":
+        return hub_source(place)
     if scheme:
         return Source(RemoteFiles(place), place)
     path = Path(rest).expanduser()
@@ -56,6 +59,10 @@ def destination_of(place: str) -> Iterator[Destination]:
         StoreError: it cannot be written.
     """
     scheme, rest = _split(place)
+    if scheme == "hf":
+        with HubDestination.opened(place) as dataset:
+            yield dataset
+        return
     if scheme:
         yield ObjectDestination(RemoteFiles(place, timeout_s=UPLOAD_S), place)
         return

@@ -71,6 +71,7 @@ class RemoteFiles:
             raise StoreFormatError(f"{url} is no URL that obstore knows ({first_line(error)})") from error
         self._lists = not isinstance(self._store, HTTPStore)
         self._listing = None if listing is None else sorted(listing)
+        self.listed = frozenset(listing or ())
         self._kept: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
