@@ -6,10 +6,12 @@ Only `stream`, `digest` and `put`, for moving stores, go through a file once and
 """
 
 import os
+import queue
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import suppress
 from datetime import timedelta
 from hashlib import blake2b
 from typing import Any
@@ -28,6 +30,7 @@ WHOLE_S = 3600
 RETRIES = 4
 PART_BYTES = 8 << 20
 """Of a file that is written in several requests."""
+AHEAD = 16
 TOKEN = "LOGITSTORE_TOKEN"
 """The environment variable with the token for a service."""
 
@@ -138,13 +141,16 @@ class RemoteFiles:
         if size <= PART_BYTES:
             data: Any = b"".join(pieces)
         else:
-            data = _Pieces(pieces)
+            data = _Fetched(pieces)
         try:
             self._obstore.put(self._store, name, data, chunk_size=PART_BYTES, max_concurrency=2)
         except Exception as error:
-            if isinstance(data, _Pieces) and data.error is not None:
+            if isinstance(data, _Fetched) and data.error is not None:
                 raise data.error from None
             raise OSError(f"{self.url}/{name} cannot be written ({first_line(error)})") from error
+        finally:
+            if isinstance(data, _Fetched):
+                data.close()
         with self._lock:
             self._kept.pop(name, None)
 
@@ -212,21 +218,40 @@ class _NoRangesError(OSError):
     """A server that gives a file as a whole only."""
 
 
-class _Pieces:
-    """Pieces that remember what they raised: obstore may hand on something else."""
+class _Fetched:
+    """Pieces that another thread fetches, a few ahead: obstore must not be asked for bytes while it asks for bytes."""
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = iter(pieces)
+        self._queue: queue.Queue[bytes | None] = queue.Queue(AHEAD)
+        self._closed = False
         self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._fetch, args=(pieces,), daemon=True)
+        self._thread.start()
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
+        piece = self._queue.get()
+        if piece is not None:
+            return piece
+        if self.error is not None:
+            raise OSError("the source broke off")  # so that nothing is written; `error` says why
+        raise StopIteration
+
+    def close(self) -> None:
+        """Fetch no more."""
+        self._closed = True
+        while self._thread.is_alive():
+            with suppress(queue.Empty):
+                self._queue.get(timeout=0.05)
+
+    def _fetch(self, pieces: Iterable[bytes]) -> None:
         try:
-            return next(self._pieces)
-        except StopIteration:
-            raise
+            for piece in pieces:
+                if self._closed:
+                    return
+                self._queue.put(piece)
         except BaseException as error:
             self.error = error
-            raise
+        self._queue.put(None)

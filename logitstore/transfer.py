@@ -35,6 +35,7 @@ from logitstore.stored_index import FOLDER
 from logitstore.zarr_store import ZarrStore
 
 JOBS = 4
+LOST = (StoreLostError, ServiceLostError)
 
 
 @dataclass(frozen=True)
@@ -283,12 +284,16 @@ class _Moving:
         try:
             for part in parts:
                 futures += [pool.submit(self._file, part, file) for file in (part.files or {"": {}})]
-            done = wait(futures, return_when=FIRST_EXCEPTION).done
-            self._stop.set() if any(future.exception() for future in done) else None
+            wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            self._stop.set()
+            raise
         finally:
-            if any(not future.done() for future in futures):
-                self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            errors = [future.exception() for future in futures if future.done() and not future.cancelled()]
+            if not all(error is None or isinstance(error, LOST) for error in errors):
+                self._stop.set()  # where the source is lost, what is on its way is still taken
+            pool.shutdown(wait=True)
         errors = [future.exception() for future in futures if not future.cancelled()]
         for error in sorted(filter(None, errors), key=lambda error: isinstance(error, _Stopped)):
             raise error
@@ -315,7 +320,7 @@ class _Moving:
             try:
                 self._destination.receive(part, file, offset, partial(self._pieces, part, file), path)
                 return
-            except (StoreLostError, ServiceLostError):
+            except LOST:
                 before, offset = offset, self._destination.received(part).get(file, 0)
                 if offset <= before or self._stop.is_set():
                     raise
@@ -326,12 +331,12 @@ class _Moving:
         digest, at, last = blake2b(digest_size=16), offset, b""
         stream = self._source.stream(name, offset, size)
         while at < size:
+            if self._stop.is_set():
+                raise _Stopped
             try:
                 last = next(stream, b"")
             except OSError as error:
                 raise _lost(self._source, error.strerror or error) from error
-            if self._stop.is_set():
-                raise _Stopped
             if not last:
                 raise _lost(self._source, f"{name} ends after {at:,} of {size:,} bytes")
             at += len(last)
