@@ -82,7 +82,7 @@ def _snapshot(api: Any, repo: str, place: str) -> RemoteFiles | None:
     except RepositoryNotFoundError:
         return None
     except Exception as error:  # the client raises its own, httpx's and the system's errors
-        raise StoreFormatError(f"{place} cannot be read ({first_line(error)})") from error
+        raise StoreFormatError(f"{place} cannot be read ({_said(error)})") from error
     token = api.token if isinstance(api.token, str) else get_token()
     return RemoteFiles(f"{api.endpoint}/datasets/{repo}/resolve/{commit}", listing=names, token=token or "")
 
@@ -102,8 +102,16 @@ class HubDestination:
 
     @classmethod
     @contextmanager
-    def opened(cls, place: str) -> Iterator["HubDestination"]:
-        """What cannot be sent from where it lies is held in a folder for as long as this lasts."""
+    def opened(cls, place: str, *, quiet: bool = False) -> Iterator["HubDestination"]:
+        """What cannot be sent from where it lies is held in a folder for as long as this lasts.
+
+        Args:
+            quiet: show none of the progress bars that the hub's client has, either.
+        """
+        if quiet:
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+
+            disable_progress_bars()
         with tempfile.TemporaryDirectory(prefix="logitstore-") as scratch:
             yield cls(place, Path(scratch))
 
@@ -204,7 +212,7 @@ class HubDestination:
             raise
         except Exception as error:  # the client raises its own, httpx's and the system's errors
             raise StoreWriteError(
-                f"{self._place} takes no commit ({first_line(error)}); mend this, `hf auth login` is how to log in, "
+                f"{self._place} takes no commit ({_said(error)}); mend this, `hf auth login` is how to log in, "
                 "and type the same command again"
             ) from error
         for data in self._pending.values():
@@ -226,3 +234,9 @@ class HubDestination:
             return self._there.read(name)
         except OSError as error:
             raise StoreFormatError(f"{self._place} cannot be read ({first_line(error)})") from error
+
+
+def _said(error: Exception) -> str:
+    """What the hub says of an error, or its client."""
+    said = getattr(error, "server_message", None)
+    return f"{first_line(error)}: {' '.join(str(said).split())}" if said else first_line(error)

@@ -7,13 +7,20 @@ from pathlib import Path
 
 from logitstore.errors import ConfigError
 from logitstore.folder_destination import FolderDestination
+from logitstore.http_files import HttpFiles
 from logitstore.hub import HubDestination, hub_source
 from logitstore.object_destination import ObjectDestination
 from logitstore.remote_files import RemoteFiles
+from logitstore.service_client import ServiceClient
+from logitstore.service_destination import ServiceDestination, service_parts
 from logitstore.store import files_of, is_lmdb_store
 from logitstore.transfer import JOBS, Destination, MoveReport, Source, move
 
 UPLOAD_S = 300.0
+"""In which an object store must have taken a request's bytes."""
+PATIENCE_S = 30.0
+"""So long a service, or a web server, is asked again."""
+HTTP = ("http", "https")
 _URL = re.compile(r"([a-z0-9]+)://(.*)", re.DOTALL)
 
 
@@ -24,12 +31,12 @@ def push(store: str, url: str, jobs: int = JOBS, *, quiet: bool = False) -> Move
         ConfigError: a place that no store is moved to or from.
         StoreError: as `transfer.move`.
     """
-    source = source_of(store)
-    with destination_of(url) as destination:
+    with source_of(store) as source, destination_of(url, quiet=quiet) as destination:
         return move(source, destination, jobs, quiet=quiet)
 
 
-def source_of(place: str) -> Source:
+@contextmanager
+def source_of(place: str) -> Iterator[Source]:
     """Where a store is read.
 
     Raises:
@@ -38,20 +45,30 @@ def source_of(place: str) -> Source:
     """
     scheme, rest = _split(place)
     if scheme == "hf":
-        return hub_source(place)
+        yield hub_source(place)
+        return
+    if scheme in HTTP:
+        client = ServiceClient(place, patience_s=PATIENCE_S)
+        try:
+            service = client.facts() is not None
+            yield Source(HttpFiles(client, lists=service), place, service_parts(client) if service else {})
+        finally:
+            client.close()
+        return
     if scheme:
-        return Source(RemoteFiles(place), place)
+        yield Source(RemoteFiles(place), place)
+        return
     path = Path(rest).expanduser()
     if is_lmdb_store(path):
         raise ConfigError(
             f"{path} is an LMDB file, which is not moved in parts; type `logitstore convert {path} "
             f"{path.with_suffix('.zarr')}` first, and move that"
         )
-    return Source(files_of(path), str(path))
+    yield Source(files_of(path), str(path))
 
 
 @contextmanager
-def destination_of(place: str) -> Iterator[Destination]:
+def destination_of(place: str, *, quiet: bool = False) -> Iterator[Destination]:
     """Where a store is written, held as long as that takes.
 
     Raises:
@@ -60,8 +77,15 @@ def destination_of(place: str) -> Iterator[Destination]:
     """
     scheme, rest = _split(place)
     if scheme == "hf":
-        with HubDestination.opened(place) as dataset:
+        with HubDestination.opened(place, quiet=quiet) as dataset:
             yield dataset
+        return
+    if scheme in HTTP:
+        client = ServiceClient(place, patience_s=PATIENCE_S)
+        try:
+            yield ServiceDestination(client)
+        finally:
+            client.close()
         return
     if scheme:
         yield ObjectDestination(RemoteFiles(place, timeout_s=UPLOAD_S), place)

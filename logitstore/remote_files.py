@@ -1,11 +1,10 @@
-"""A store behind a URL: http(s)://, s3://, gs://, az:// through `obstore`, the only file that speaks to it.
+"""A store in an object store: s3://, gs://, az:// through `obstore`, the only file that speaks to it.
 
 A file is fetched whole, once, and kept while there is room: its digest is held against all of it before a value is
-used, so a part of a file is never enough. For training over a network see the overlay of `distill-train --write-back`.
-Only `stream`, `digest` and `put`, for moving stores, go through a file once and keep nothing.
+used, so a part of a file is never enough. Only `stream`, `digest` and `put`, for moving stores, go through a file once
+and keep nothing.
 """
 
-import os
 import queue
 import re
 import threading
@@ -31,8 +30,6 @@ RETRIES = 4
 PART_BYTES = 8 << 20
 """Of a file that is written in several requests."""
 AHEAD = 16
-TOKEN = "LOGITSTORE_TOKEN"
-"""The environment variable with the token for a service."""
 
 
 class RemoteFiles:
@@ -50,7 +47,7 @@ class RemoteFiles:
         Args:
             listing: every file there, where it is known from elsewhere: plain HTTP lists none.
             timeout_s: without a byte, by default `TIMEOUT_S`; in which a request's bytes must have been taken, too.
-            token: for the Authorization header of plain HTTP; by default that of `LOGITSTORE_TOKEN`.
+            token: for the Authorization header of plain HTTP.
         """
         try:
             import obstore
@@ -64,7 +61,6 @@ class RemoteFiles:
             "read_timeout": timedelta(seconds=timeout_s or TIMEOUT_S),
             "allow_http": True,
         }
-        token = os.environ.get(TOKEN) if token is None else token
         if token and re.match("https?://", url):
             options["default_headers"] = {"authorization": f"Bearer {token}"}
         retries: Any = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=2 * TIMEOUT_S)}

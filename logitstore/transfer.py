@@ -27,6 +27,7 @@ from logitstore.errors import (
     StoreLostError,
 )
 from logitstore.files import CannotList, Files, LocalFiles, ZipFiles
+from logitstore.http_files import HttpFiles
 from logitstore.manifest import Manifest
 from logitstore.parts import ROOT, Part, part_names, parts_of, root_part
 from logitstore.remote_files import RemoteFiles
@@ -61,6 +62,9 @@ class Source:
         """The bytes start .. stop - 1 of a file, in pieces; fewer where it ends before."""
         if isinstance(self.files, RemoteFiles):
             yield from self.files.stream(name, start, stop)
+            return
+        if isinstance(self.files, HttpFiles):
+            yield from self.files.client.stream(name, start, stop)
             return
         for at in range(start, stop, PIECE):
             piece = self.files.read(name, at, min(at + PIECE, stop))

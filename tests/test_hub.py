@@ -82,7 +82,10 @@ def test_a_second_push_sends_what_is_new_in_one_commit(hub: Hub, url: str, tmp_p
 
 def test_what_the_hub_refuses_is_one_line_and_goes_on_later(hub: Hub, url: str, tmp_path: Path) -> None:
     store = small_store(tmp_path / "s")
-    for token, full, message in (("hf_wrong", False, "cannot be read"), ("hf_right", True, "takes no commit")):
+    for token, full, message in (
+        ("hf_wrong", False, "cannot be read"),
+        ("hf_right", True, r"takes no commit (403 Forbidden: None: Storage quota exceeded)"),
+    ):
         hub.full = full
         said = run(url, tmp_path / "home", "push", store.folder, PLACE, token=token)
         assert said.startswith(f"Error: {PLACE} {message}") and said.count("\n") == 1, said

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError
+from logitstore.fidelity import Fidelity
 from logitstore.files import LocalFiles
 from logitstore.parts import Part, is_part_name, part_names, part_of, parts_of, root_part
 from logitstore.saved_maps import save_vocabulary_map
@@ -19,7 +20,7 @@ def whole(path: Path) -> ZarrStore:
     """A store with one of everything."""
     store = small_store(path)
     store.save_index()
-    store.save_fidelity({"documents": 6})
+    store.save_fidelity(Fidelity(8, 0.1, 0.2, 0.9, 1e-7, ((4, 3.0), (8, 2.0))).to_json())
     save_vocabulary_map(store, map_vocabularies(VOCABULARY, VOCABULARY))
     return store
 

@@ -89,7 +89,7 @@ class RangeHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    # CLIENT
+    monkeypatch.setattr("logitstore.places.PATIENCE_S", 0.1)
     monkeypatch.setattr("logitstore.remote_files.RETRIES", 1)
 
 
