@@ -193,7 +193,12 @@ class Incoming:
         self.tidy()
 
     def tidy(self) -> None:
-        """Remove folders of which nothing is left."""
+        """Remove what has arrived of parts that are there by now, and folders of which nothing is left."""
+        if (self.store / GROUP).exists():
+            self.remove(ROOT)
+        for place in self._places():
+            if (self.store / place.relative_to(self.folder) / GROUP).exists():
+                shutil.rmtree(place, ignore_errors=True)
         for folder in (self.folder / "shards", self.folder):
             with suppress(OSError):
                 folder.rmdir()

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 BUSY_S, MOST_BUSY = 1.0, 60
 """Between two looks at a file that somebody else is sending, and how often with nothing new."""
+MOVED_ON = {404, 409}
+"""The file stopped elsewhere, somebody else is sending it, or has just finished the part."""
 CHECKED = 30
 """So often a service that answers is asked again whether it has checked a large part by now."""
 
@@ -31,6 +33,7 @@ class ServiceDestination:
 
     def __init__(self, client: ServiceClient, sleep: Callable[[float], object] = time.sleep) -> None:
         self._client, self._sleep = client, sleep
+        self._begun: set[str] = set()
 
     @property
     def where(self) -> str:
@@ -81,8 +84,9 @@ class ServiceDestination:
                 self._client.put(f"{self._url(part.name)}/{quote(file)}?offset={offset}", pieces(offset))
                 return
             except RefusedError as error:
-                if error.status != 409:  # it stopped elsewhere, or somebody else is sending it
+                if error.status not in MOVED_ON:
                     raise
+                self._begun.discard(part.name)
                 before, offset = offset, self.received(part).get(file, 0)
                 if offset == size:
                     return
@@ -114,11 +118,14 @@ class ServiceDestination:
         return ""
 
     def _begin(self, part: Part) -> None:
+        if part.name in self._begun:
+            return
         state = self._state(part.name)
         if not state["complete"] and state["digest"] != part.digest:
             self._client.again(
                 lambda: self._client.put(f"{self._url(part.name)}/{GROUP}?offset=0", iter([part.group])), part.name
             )
+        self._begun.add(part.name)
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """Ask again while the service answers other questions: it may be at work on this one."""

@@ -165,7 +165,12 @@ class Upload:
         """
         if self.published() is not None:
             return
-        part = self.begun()
+        try:
+            part = self.begun()
+        except StoreNotFoundError:
+            if self.published() is None:
+                raise
+            return  # by somebody else, between our two looks
         try:
             with self.incoming.finishing(part):
                 problems = self.incoming.problems(part)
@@ -288,6 +293,7 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
                 if served.writable:
                     with served.reading(fresh=True) as store:
                         store.save_index()
+                    Incoming(served.path).tidy()
 
             await run_in_threadpool(index)
             return JSONResponse({"complete": True})
