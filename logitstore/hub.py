@@ -177,10 +177,10 @@ class HubDestination:
         """See `transfer.Destination`: the index and the card, with what is left."""
         note, gone = "", set()
         with self._lock, ExitStack() as stack:
-            index = stack.enter_context(index_of(source, self._shards))
-            if index is None:
+            index = stack.enter_context(index_of(source, self._shards)) if self._shards else None
+            if index is None and self._shards:
                 note = "shards of others are there too, which its index does not name"
-            else:
+            elif index is not None:
                 group = read_group(index, FOLDER)
                 if group != self._group_of(FOLDER):
                     self._pending[f"{FOLDER}/{GROUP}"] = group
@@ -188,10 +188,10 @@ class HubDestination:
                         self._pending[f"{FOLDER}/{name}"] = index.read(f"{FOLDER}/{name}")
                     if self._there is not None:
                         gone = {f"{FOLDER}/{name}" for name in self._there.names(FOLDER)} - self._pending.keys()
-                text = card(ZarrStore(source.files, source.where), f"hf://datasets/{self._repo}").encode()
-                old = self._read(CARD)
-                if old is None or (WRITTEN.encode() in old and old != text):
-                    self._pending[CARD] = text
+            text = card(ZarrStore(source.files, source.where), f"hf://datasets/{self._repo}").encode()
+            old = self._read(CARD)
+            if old is None or (not note and WRITTEN.encode() in old and old != text):
+                self._pending[CARD] = text
             self._commit("A store of a teacher's next-token distributions", gone)
         return note
 

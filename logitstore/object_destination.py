@@ -110,6 +110,8 @@ class ObjectDestination:
         """See `transfer.Destination`: the index, if one can be made without fetching what is there."""
         try:
             shards = self._files.folders("shards")
+            if not shards:
+                return ""
             with index_of(source, shards) as index:
                 if index is None:
                     return "shards of others are there too, which its index does not name"

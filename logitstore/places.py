@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from logitstore.errors import ConfigError
@@ -11,7 +11,7 @@ from logitstore.http_files import HttpFiles
 from logitstore.hub import HubDestination, hub_source
 from logitstore.object_destination import ObjectDestination
 from logitstore.remote_files import RemoteFiles
-from logitstore.service_client import ServiceClient
+from logitstore.service_client import NotThereError, ServiceClient
 from logitstore.service_destination import ServiceDestination, service_parts
 from logitstore.store import files_of, is_lmdb_store
 from logitstore.transfer import JOBS, Destination, MoveReport, Source, move
@@ -51,7 +51,11 @@ def source_of(place: str) -> Iterator[Source]:
         client = ServiceClient(place, patience_s=PATIENCE_S)
         try:
             service = client.facts() is not None
-            yield Source(HttpFiles(client, lists=service), place, service_parts(client) if service else {})
+            digests = {}
+            if service:
+                with suppress(NotThereError):  # an older one: then its shards are listed
+                    digests = service_parts(client)
+            yield Source(HttpFiles(client, lists=service), place, digests)
         finally:
             client.close()
         return

@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 BUSY_S, MOST_BUSY = 1.0, 60
 """Between two looks at a file that somebody else is sending, and how often with nothing new."""
-MOVED_ON = {404, 409}
-"""The file stopped elsewhere, somebody else is sending it, or has just finished the part."""
+MOVED_ON = {404, 408, 409, 429, 500, 502, 503, 504}
+"""The file stopped elsewhere, somebody else is sending it or has just finished the part, or the service is busy."""
 CHECKED = 30
 """So often a service that answers is asked again whether it has checked a large part by now."""
 
@@ -83,8 +83,8 @@ class ServiceDestination:
                 self._begin(part)
                 self._client.put(f"{self._url(part.name)}/{quote(file)}?offset={offset}", pieces(offset))
                 return
-            except RefusedError as error:
-                if error.status not in MOVED_ON:
+            except (RefusedError, ServiceLostError) as error:
+                if isinstance(error, RefusedError) and error.status not in MOVED_ON:
                     raise
                 self._begun.discard(part.name)
                 before, offset = offset, self.received(part).get(file, 0)

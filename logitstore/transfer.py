@@ -324,7 +324,7 @@ class _Moving:
             try:
                 self._destination.receive(part, file, offset, partial(self._pieces, part, file), path)
                 return
-            except LOST:
+            except StoreLostError:
                 before, offset = offset, self._destination.received(part).get(file, 0)
                 if offset <= before or self._stop.is_set():
                     raise
@@ -341,6 +341,8 @@ class _Moving:
                 last = next(stream, b"")
             except OSError as error:
                 raise _lost(self._source, error.strerror or error) from error
+            except ServiceLostError as error:
+                raise _lost(self._source, error) from error
             if not last:
                 raise _lost(self._source, f"{name} ends after {at:,} of {size:,} bytes")
             at += len(last)

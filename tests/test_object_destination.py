@@ -81,6 +81,13 @@ def test_a_part_appears_with_its_last_object(tmp_path: Path) -> None:
     assert all(order.index(f"{shard}/{file}") < ends[1] for file in store.shard(store.shard_names[0]).entry.files)
 
 
+def test_a_store_without_documents_is_moved_too(tmp_path: Path) -> None:
+    store, files = ZarrStore.create(tmp_path / "s", manifest(), VOCABULARY), RemoteFiles("memory:///")
+    assert sent(store, files).parts == 1 and objects(files) == contents(store.folder)
+    push(str(store.folder), str(tmp_path / "t"), quiet=True)
+    assert contents(tmp_path / "t") == contents(store.folder)
+
+
 def test_damage_in_an_object_store_is_not_passed_on(tmp_path: Path) -> None:
     store, files, to = small_store(tmp_path / "s"), RemoteFiles("memory:///"), RemoteFiles("memory:///")
     sent(store, files)

@@ -143,17 +143,18 @@ def verify_or_none(path: Path) -> bool:
 
 def test_a_pull_that_is_killed_at_any_moment_goes_on(made: ZarrStore, tmp_path: Path) -> None:
     code = f"from logitstore.places import push; push({str(made.folder)!r}, {str(tmp_path / 't')!r}, quiet=True)"
-    random_ = random.Random(2)
+    random_, kills = random.Random(2), 0
     for _ in range(KILLS):
         with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
             deadline = time.monotonic() + 20
             while not (tmp_path / "t" / INCOMING).exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.001)
-            time.sleep(random_.random() * 0.03)
+            time.sleep(random_.random() * 0.3)
+            kills += process.poll() is None
             process.send_signal(signal.SIGKILL)
         assert verify_or_none(tmp_path / "t")
     push(str(made.folder), str(tmp_path / "t"), quiet=True)
-    assert same(tmp_path / "t", made)
+    assert same(tmp_path / "t", made) and kills
 
 
 def test_a_store_with_one_flipped_byte_is_refused_before_anything_is_sent(tmp_path: Path) -> None:

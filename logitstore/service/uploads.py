@@ -27,7 +27,7 @@ from logitstore.errors import (
     StoreWriteError,
 )
 from logitstore.fidelity import Fidelity
-from logitstore.files import LocalFiles
+from logitstore.files import Files, LocalFiles
 from logitstore.incoming import Incoming, WrongOffsetError, write_all
 from logitstore.parts import FIDELITY, ROOT, Part, folder_of, is_part_name, part_names, part_of, root_part
 from logitstore.saved_maps import map_problems
@@ -212,16 +212,16 @@ class Upload:
             yield from content_problems(Shard(files, self.name, manifest.recipe, checked=True), manifest)
 
 
-def parts_there(store: ZarrStore) -> dict[str, str]:
+def parts_there(files: Files, where: object) -> dict[str, str]:
     """The parts of a store, each with the digest of its `zarr.json`.
 
     Raises:
         StoreError: it is damaged.
     """
     found = {}
-    for name in (ROOT, *part_names(store.files, store.path)):
+    for name in (ROOT, *part_names(files, where)):
         try:
-            found[name] = file_digest(read_group(store.files, folder_of(name)))
+            found[name] = file_digest(read_group(files, folder_of(name)))
         except FileNotFoundError:
             continue
     return found
@@ -249,8 +249,8 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
         access.require(request, "read", name)
 
         def there() -> dict[str, str]:
-            with shelf.get(name).reading(fresh=True) as store:
-                return parts_there(store)
+            served = shelf.get(name)
+            return parts_there(served.files, served.path)
 
         return JSONResponse({"parts": await run_in_threadpool(there)})
 
