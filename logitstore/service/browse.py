@@ -4,8 +4,8 @@
     GET /v1/stores/NAME/documents               ?sort=nll&descending=true&where=nll>3&text=...&offset=0&limit=50
     GET /v1/stores/NAME/documents/REF           ?temperature=2&start=0&positions=4096; REF a number from 0, or a key
 
-`scan` says what "scanned" of "of" documents means. Reading stores happens on threads, never on the event loop, and holds
-a store's lock for one document at a time.
+`scan` says what "scanned" of "of" documents means. Stores are read on threads, never on the event loop, and under their
+locks a document at a time.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """The web page: a few files of the package, sent as they are.
 
-They hold no data; what they show they ask of the other routes. The policy lets a browser load nothing but these files and
-run no script but theirs, so that no text of a document, teacher or tokenizer can become one.
+They hold no data; what they show they ask of the other routes. The policy lets a browser load nothing but these files
+and run no script but theirs, so that no text of a document, teacher or tokenizer can become one.
 """
 
 from hashlib import blake2b

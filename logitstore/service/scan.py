@@ -1,8 +1,8 @@
 """What is known of all documents of a served store at once: their measures, their texts and the store's histograms.
 
-That takes reading the store once. Shards are written once, so what was read of one is kept, and new ones are added. Each
-request reads on for a moment, and answers with how far that is: nothing is read that nobody waits for, and no request
-waits for a whole store. What is kept is bounded, and belongs to one process.
+That takes reading the store once. Shards are written once, so what was read of one is kept, and new ones are added.
+Each request reads on for a moment, and answers with how far that is: nothing is read that nobody waits for, and no
+request waits for a whole store. What is kept is bounded, and belongs to one process.
 """
 
 import time
