@@ -54,6 +54,18 @@ class MissingTargetsError(LogitstoreError):
     """The store has no answer and the run may not ask a teacher."""
 
 
+class ServiceError(LogitstoreError):
+    """A service refuses what it was asked for, or answers what no service says."""
+
+
+class ServiceLostError(ServiceError):
+    """A service that does not answer, asked again for as long as is worth waiting."""
+
+
+class WireError(ServiceError):
+    """An answer of a service that was cut or damaged on its way."""
+
+
 class StoreError(LogitstoreError):
     """Something about a store."""
 

@@ -185,6 +185,19 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
             report.mended.append(f"{file} is no part of its shard, and lies in {moved} now")
 
 
+def put_shard_aside(path: Path, name: str) -> str:
+    """Move one damaged shard of a store out of the way, and the index that names it; where it lies then.
+
+    Raises:
+        StoreWriteError: no permission.
+    """
+    try:
+        remove_index(path)
+        return _quarantine(path, f"shards/{name}")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def _quarantine(path: Path, file: str, folder: str = "shards", name: str = "") -> str:
     """Move a shard, or a file out of one, to a name that no reader looks at; where it lies then, from the store."""
     name = f"{folder}/{QUARANTINE}{name or Path(file).name}"

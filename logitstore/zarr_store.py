@@ -164,6 +164,19 @@ class ZarrStore:
         place = self.catalog.locate(np.asarray(token_ids))
         return None if place is None else self._read(*place, temperature, replica)
 
+    def answer(self, token_ids: npt.NDArray[np.integer]) -> DocumentRecord | None:
+        """The same as a teacher gave it: of the document, or of its first tokens where no more is answered.
+
+        Raises:
+            CorruptStoreError, ValueError: as for `get`.
+        """
+        place = self.catalog.locate(token_ids)
+        if place is None:
+            return None
+        shard, document, count = place
+        found = shard.document(document)
+        return DocumentRecord(found.token_ids[: count + 1], found.records[:count])
+
     def codes(
         self, documents: Sequence[npt.NDArray[np.integer]], temperature: float | None = None, replica: int = 0
     ) -> list[Codes | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from distill_cli import moving
+from distill_cli import moving, service
 from distill_cli.outcome import one_line_errors, say_blas
 
 STORE = click.argument("store", type=click.Path(path_type=Path))
@@ -316,5 +316,5 @@ def vocab_map(store: str, as_json: bool, student: str, quiet: bool) -> None:
         click.echo(json.dumps(found.to_json(), indent=1) if as_json else found.to_text(store))
 
 
-for command in moving.COMMANDS:
+for command in (*moving.COMMANDS, *service.COMMANDS):
     main.add_command(command)

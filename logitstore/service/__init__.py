@@ -1,0 +1,1 @@
+"""One store, a whole team: HTTP in front of stores."""

@@ -1,0 +1,84 @@
+"""The service as an ASGI application: which route answers what, and how errors are told.
+
+shelf (stores) ── store_files   their files, as they are
+               ├─ answers       targets by token ids ── desk (the teacher, one computation for all)
+               ├─ facts         what there is, and how it is doing
+               └─ meters, openapi
+"""
+
+from collections.abc import Callable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
+
+from logitstore.errors import (
+    ConfigError,
+    CorruptStoreError,
+    IncompatibleStoreError,
+    LogitstoreError,
+    StoreError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
+from logitstore.service import answers, facts, meters, openapi, store_files
+from logitstore.service.access import Access
+from logitstore.service.desk import CannotTeachError, Desk, QueueFullError
+from logitstore.service.limits import Limits
+from logitstore.service.shelf import Shelf
+
+STATUS: dict[type[LogitstoreError], int] = {
+    StoreNotFoundError: 404,
+    ConfigError: 400,
+    IncompatibleStoreError: 409,
+    QueueFullError: 429,
+    CannotTeachError: 503,
+    CorruptStoreError: 503,
+    StoreWriteError: 507,
+    StoreError: 503,
+}
+"""The first that an error is one of."""
+
+
+def create_app(
+    shelf: Shelf, desk: Desk | None, access: Access, log: Callable[[str], object] = lambda _: None
+) -> Starlette:
+    """The application.
+
+    Args:
+        desk: None where nobody teaches.
+        log: takes a line of text for each request.
+    """
+    counted = meters.Meters(desk)
+    every: list[BaseRoute] = [
+        *openapi.routes(),
+        *meters.routes(counted, access),
+        *facts.routes(shelf, desk, access, counted),
+        *answers.routes(shelf, desk, access, counted),
+        *store_files.routes(shelf, access),  # last: it takes every path
+    ]
+    return Starlette(
+        routes=every,
+        middleware=[Middleware(Limits, is_upload=is_upload, log=log, count=counted.request)],
+        exception_handlers={HTTPException: _told, LogitstoreError: _told, Exception: _failed},
+    )
+
+
+def is_upload(path: str) -> bool:
+    """Whether a path takes a file."""
+    return path.startswith("/v1/stores/") and "/uploads/" in path
+
+
+def _told(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 400)
+    headers = {"Retry-After": str(error.wait_s)} if isinstance(error, QueueFullError) else None
+    return JSONResponse({"error": " ".join(str(error).split())}, status, headers)
+
+
+def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": f"the service failed: {type(error).__name__}; its log says more"}, 500)

@@ -1,0 +1,104 @@
+"""What a request may cost, and how its outcome is told: bytes of its body, seconds of silence, one line in the log.
+
+Stands around the whole application. The log has method, path, status, time and the token's id: never a query string,
+a body or a secret.
+"""
+
+import asyncio
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MOST_BODY_BYTES = 8 << 20
+SILENT_S = 60.0
+"""So long a client may send or take nothing."""
+SHOWN = 200
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+}
+
+
+class StalledError(Exception):
+    """A client that takes nothing of its answer."""
+
+
+class Limits:
+    """Bounds around an ASGI application.
+
+    Args:
+        is_upload: whether a path takes a file, whose size its own route bounds.
+        log: takes a line of text for each request.
+        count: is told method, status and seconds of each.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        is_upload: Callable[[str], bool],
+        log: Callable[[str], object],
+        count: Callable[[str, int, float], object],
+    ) -> None:
+        self.app, self._is_upload, self._log, self._count = app, is_upload, log, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status, taken, sent = time.monotonic(), 0, 0, 0
+        most = None if self._is_upload(scope["path"]) else MOST_BODY_BYTES
+        state = scope.setdefault("state", {})
+
+        async def bounded_receive() -> Message:
+            nonlocal taken
+            try:
+                message = await (asyncio.wait_for(receive(), SILENT_S) if not status else receive())
+            except TimeoutError:
+                raise HTTPException(408, f"nothing came for {SILENT_S:.0f} s; send the request again") from None
+            taken += len(message.get("body", b""))
+            if most is not None and taken > most:
+                raise HTTPException(
+                    413, f"a body is at most {MOST_BODY_BYTES:,} bytes; ask for fewer documents at once"
+                )
+            return message
+
+        async def bounded_send(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            sent += len(message.get("body", b""))
+            try:
+                await asyncio.wait_for(send(message), SILENT_S)
+            except TimeoutError:
+                raise StalledError from None
+
+        fault = ""
+        try:
+            await self.app(scope, bounded_receive, bounded_send)
+        except StalledError:
+            fault = " stalled"
+        except Exception as error:  # its text may quote a document, so the log has its type alone
+            fault = f" {_named(error)}"
+        finally:
+            elapsed_s = time.monotonic() - started
+            self._count(scope["method"], status, elapsed_s)
+            path = "".join(c if c.isprintable() else "?" for c in scope["path"])[:SHOWN]
+            token = state.get("token", "-")
+            self._log(f"{scope['method']} {path} {status} {1e3 * elapsed_s:.0f} ms {taken}+{sent} bytes {token}{fault}")
+
+
+def _named(error: BaseException) -> str:
+    """An error's type, and where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{at}"

@@ -1,0 +1,168 @@
+"""`logitstore serve`: stores, and perhaps their teacher, behind HTTP until it is stopped."""
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from time import strftime
+
+import uvicorn
+
+from logitstore.errors import ConfigError
+from logitstore.files import LocalFiles
+from logitstore.journal import commit_leftovers
+from logitstore.service.access import Access
+from logitstore.service.app import create_app
+from logitstore.service.desk import WRITERS, Answering, Desk
+from logitstore.service.shelf import Shelf
+from logitstore.service.tokens import TokenFile
+from logitstore.zarr_store import ZarrStore
+
+MOST_CONNECTIONS = 1000
+STOPPED_S = 10
+"""So long, when it is stopped, for requests that are being answered."""
+KEEP_ALIVE_S = 30
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What `logitstore serve` takes."""
+
+    places: tuple[Path, ...]
+    """Stores, and folders of stores."""
+    teacher: str | None = None
+    adapter_path: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8470
+    tokens: Path | None = None
+    """A file that `logitstore token new` writes. None: who reaches the port may do everything."""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    read_only: bool = False
+    insecure: bool = False
+    """Listen to more than this machine without tokens."""
+    queue_tokens: int = 1 << 18
+    """So many tokens may wait for the teacher; beyond that, requests are answered 429."""
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without reading anything.
+
+        Raises:
+            ConfigError: naming the flag.
+        """
+        if not self.places:
+            raise ConfigError("there is nothing to serve; type `logitstore serve STORE`, or a folder of stores")
+        if not is_loopback(self.host) and self.tokens is None and not self.insecure:
+            raise ConfigError(
+                f"host {self.host} is reached from other machines, and without --tokens anybody there may read, upload "
+                "and ask the teacher; type --tokens FILE (`logitstore token new` writes one), or --insecure"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("a certificate needs its key; type both --tls-cert and --tls-key")
+        for path in (self.tls_cert, self.tls_key):
+            if path is not None and not path.is_file():
+                raise ConfigError(f"there is no file {path}; type --tls-cert and --tls-key with PEM files")
+        if self.read_only and self.teacher is not None:
+            raise ConfigError("--read-only writes nothing, and a teacher's answers are kept; leave one of the two out")
+        if self.queue_tokens < 1:
+            raise ConfigError(f"queue-tokens is {self.queue_tokens}, expected at least 1; type --queue-tokens 262144")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str], object]) -> None:
+    """Serve until Ctrl-C or SIGTERM; what was taught is in the stores then.
+
+    Args:
+        say: takes a line of text for whoever started it.
+        log: takes a line for each request.
+
+    Raises:
+        ConfigError: stores that cannot be served, a port that is taken.
+        StoreError: a store that cannot be opened.
+    """
+    access = Access(None if config.tokens is None else TokenFile(config.tokens), read_only=config.read_only)
+    shelf = Shelf(config.places)
+    if not config.read_only:
+        take_over(shelf)
+
+    def stamped(line: str) -> None:
+        log(f"{strftime('%Y-%m-%dT%H:%M:%S%z')} {line}")
+
+    desk = None
+    if config.teacher is not None:
+        desk = Desk(_loader(config.teacher, config.adapter_path), config.queue_tokens, stamped)
+    try:
+        server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(shelf, desk, access, stamped),
+                host=config.host,
+                port=config.port,
+                ssl_certfile=config.tls_cert,
+                ssl_keyfile=config.tls_key,
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                lifespan="off",
+                limit_concurrency=MOST_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=STOPPED_S,
+            )
+        )
+        server.config.load()
+        sockets = [_bind(config)]
+    except OSError as error:
+        raise ConfigError(
+            f"{config.host}:{config.port} cannot be listened to ({error.strerror}); type another --port, or --host"
+        ) from error
+    scheme = "http" if config.tls_cert is None else "https"
+    port = sockets[0].getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    for name in shelf.names():
+        say(f"{shelf.get(name).path} is {scheme}://{host}:{port}/{name}")
+    if config.tls_cert is None and config.tokens is not None and not is_loopback(config.host):
+        say("tokens travel in clear without --tls-cert and --tls-key, or a proxy in front that has them")
+    if desk is not None:
+        say(f"loading teacher {config.teacher}")
+        desk.start()
+    say(f"listening on {scheme}://{host}:{port}; Ctrl-C stops it")
+    try:
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
+            server.run(sockets)
+    finally:
+        if desk is not None:
+            desk.stop()
+
+
+def take_over(shelf: Shelf) -> None:
+    """Show readers what a service that was killed had kept."""
+    for name in shelf.names():
+        served = shelf.get(name)
+        if served.writable:
+            store = ZarrStore(LocalFiles(served.path), served.path)
+            for number in range(WRITERS):
+                commit_leftovers(store, f"service-{number}")
+
+
+def _loader(source: str, adapter_path: str | None) -> Callable[[], Answering]:
+    def load() -> Answering:
+        from logitstore.teacher import Teacher
+
+        return Teacher(source, adapter_path, quiet=True)
+
+    return load
+
+
+def _bind(config: ServeConfig) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address, family=family, backlog=1024)
