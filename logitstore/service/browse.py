@@ -13,21 +13,24 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import QueryParams
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from logitstore.condition import Condition
-from logitstore.errors import ConfigError, LogitstoreError
+from logitstore.errors import ConfigError
 from logitstore.key import document_key
 from logitstore.measures import require_known, require_name, unknown
 from logitstore.query import found
+from logitstore.service.access import Access
 from logitstore.service.document_json import MOST_POSITIONS, document_json
-from logitstore.service.scan import Scan, Served
+from logitstore.service.scan import Scan
+from logitstore.service.shelf import Served, Shelf
 from logitstore.stats import to_json
 
 MOST_LISTED = 200
@@ -36,17 +39,7 @@ MOST_ASKED = 1000
 """Characters of a text to search for, and of all conditions together."""
 
 
-class Shelf(Protocol):
-    """The served stores."""
-
-    def get(self, name: str) -> Served: ...
-
-
-class NotThereError(LogitstoreError):
-    """A document that a store does not hold."""
-
-
-def routes(shelf: Shelf) -> list[Route]:
+def routes(shelf: Shelf, access: Access) -> list[Route]:
     """What is answered here, of the stores of a shelf."""
     scans: dict[str, Scan] = {}
 
@@ -70,15 +63,9 @@ def routes(shelf: Shelf) -> list[Route]:
 
     def answering(answer: Callable[[Served, Request], dict[str, Any]]) -> Callable[[Request], Any]:
         async def endpoint(request: Request) -> Response:
-            def work() -> Response:
-                try:
-                    return JSONResponse(answer(shelf.get(request.path_params["name"]), request))
-                except NotThereError as error:
-                    return JSONResponse({"error": str(error)}, 404)
-                except ConfigError as error:
-                    return JSONResponse({"error": str(error)}, 400)
-
-            return await run_in_threadpool(work)
+            name = request.path_params["name"]
+            access.require(request, "read", name)
+            return await run_in_threadpool(lambda: JSONResponse(answer(shelf.get(name), request)))
 
         return endpoint
 
@@ -105,8 +92,8 @@ def _documents(served: Served, scan: Scan, params: QueryParams) -> dict[str, Any
         require_name(sort, f"sort={sort}")
     descending = _flag(params, "descending")
     offset, limit = _whole(params, "offset", 0, 0), _whole(params, "limit", 50, 1, MOST_LISTED)
-    with served.lock:
-        manifest, documents = served.store.manifest, len(served.store)
+    with served.reading() as store:
+        manifest, documents = store.manifest, len(store)
     require_known(manifest, [c.name for c in conditions] + ([sort] if sort else []), served.name)
     searched = None
     if sort or conditions or text:
@@ -120,8 +107,8 @@ def _documents(served: Served, scan: Scan, params: QueryParams) -> dict[str, Any
         numbers = list(order[offset : offset + limit])
     listed = []
     for number in numbers:
-        with served.lock:
-            listed.append(found(served.store, number).to_json())
+        with served.reading() as store:
+            listed.append(found(store, number).to_json())
     return {
         "documents": listed,
         "offset": offset,
@@ -136,24 +123,24 @@ def _document(served: Served, ref: str, params: QueryParams) -> dict[str, Any]:
     """One document.
 
     Raises:
-        NotThereError: the store does not hold it.
+        HTTPException: 404, the store does not hold it.
         ConfigError: a parameter that is none, or a temperature that the store does not serve.
         CorruptStoreError: the bytes are not those that were written.
     """
     _require_names(params, ("temperature", "start", "positions"))
     temperature = _number(params, "temperature")
     count = _whole(params, "positions", MOST_POSITIONS, 1, MOST_POSITIONS)
-    with served.lock:
-        store = served.store
+    with served.reading() as store:
         documents, manifest, vocabulary = len(store), store.manifest, store.vocabulary
         if re.fullmatch(r"[0-9a-f]{32}", ref):
             number = store.number_of(bytes.fromhex(ref))
         else:
             number = int(ref) if re.fullmatch(r"[0-9]{1,15}", ref) else None
         if number is None or number >= documents:
-            raise NotThereError(
+            raise HTTPException(
+                404,
                 f"document {ref[:40]!r} is not in {served.name}, which holds {documents:,}; "
-                "give its key of 32 hex digits, or its number from 0"
+                "give its key of 32 hex digits, or its number from 0",
             )
         token_ids, targets = store.document(number, temperature)
     start = _whole(params, "start", 0, 0, len(targets) - 1)

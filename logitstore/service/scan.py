@@ -9,18 +9,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from logitstore.condition import Condition
 from logitstore.measures import NAMES, measure, unknown
+from logitstore.service.shelf import Served
 from logitstore.stats import Collection, StoreStats
 from logitstore.store_stats import about
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
-from logitstore.zarr_store import ZarrStore
 
 MOST_DOCUMENTS = 1 << 20
 """Of a store, those that come first; 48 bytes each."""
@@ -28,14 +27,6 @@ MOST_TEXT_BYTES = 64 << 20
 """Of a store's documents, as many as come first have their texts kept, to be searched."""
 READ_S = 0.4
 """How long a request reads on."""
-
-
-class Served(Protocol):
-    """A store that is served, as far as it matters here."""
-
-    name: str
-    store: ZarrStore
-    lock: Lock
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,7 @@ class Scan:
         self.served = served
         self._reading = Lock()
         self._lock = Lock()
+        self._manifest = served.store.manifest
         self._forget()
 
     def _forget(self) -> None:
@@ -137,33 +129,33 @@ class Scan:
 
     def stats(self) -> StoreStats:
         """The store's histograms over the documents read so far."""
-        with self.served.lock:
-            store = self.served.store
+        with self.served.reading() as store:
             plane_bytes, fidelity, manifest = store.plane_bytes(), store.fidelity, store.manifest
         with self._lock:
             return self._collection.stats(plane_bytes, fidelity, name=self.served.name, about=about(manifest))
 
     def _numbers(self) -> dict[str, npt.NDArray[np.int64]]:
-        with self.served.lock:
-            return self.served.store.catalog.numbers()
+        with self.served.reading() as store:
+            return store.catalog.numbers()
 
     def _known(self, numbers: Mapping[str, object]) -> list[tuple[str, _Part]]:
         return [(name, self._parts[name]) for name in numbers if name in self._parts]
 
     def _read(self, deadline: float) -> None:
         numbers = self._numbers()
-        with self.served.lock:
-            vocabulary, lacking = self.served.store.vocabulary, unknown(self.served.store.manifest)
+        with self.served.reading() as store:
+            vocabulary, manifest = store.vocabulary, store.manifest
+        lacking = unknown(manifest)
         with self._lock:
-            if self._parts.keys() - numbers.keys():  # a shard was taken away, and the histograms count it
-                self._forget()
+            if self._parts.keys() - numbers.keys() or manifest != self._manifest:
+                self._forget()  # a shard was taken away, and the histograms count it; or this is another store
+                self._manifest = manifest
         for name, shard in numbers.items():
             part = self._parts.get(name) or _Part(np.empty((len(shard), len(NAMES))))
             while part.done < len(shard):
                 if self._documents >= MOST_DOCUMENTS or time.monotonic() > deadline:
                     return
-                with self.served.lock:
-                    store = self.served.store
+                with self.served.reading() as store:
                     token_ids, targets = store.document_of(store.shard(name), part.done)
                 self._add(name, part, token_ids, targets, vocabulary, lacking, bool(shard[part.done] >= 0))
 
