@@ -1,7 +1,7 @@
 // Charts as SVG, each with its numbers as a table for those who cannot see it.
 
 import { h, s, table } from "./dom.js";
-import { count, fixed, percent } from "./format.js";
+import { count, fixed, percent, plural } from "./format.js";
 
 const WIDTH = 360;
 const HEIGHT = 168;
@@ -74,10 +74,11 @@ function axis(low, high) {
 
 /** Hits and misses, minute by minute: [[second of the minute, hits, misses], ...]. */
 export function hitRate(history) {
-  const asked = history.filter(([, hits, misses]) => hits + misses > 0);
-  const [hits, misses] = [1, 2].map((column) => history.reduce((sum, row) => sum + row[column], 0));
+  const since = Date.now() / 1000 - 3600;
+  const asked = history.filter(([minute, hits, misses]) => minute > since && hits + misses > 0);
+  const [hits, misses] = [1, 2].map((column) => asked.reduce((sum, row) => sum + row[column], 0));
   if (!asked.length) return h("p", { class: "muted" }, "Nobody has asked within the last hour.");
-  const now = Math.max(...history.map(([minute]) => minute));
+  const now = Math.floor(Date.now() / 60_000) * 60;
   const most = Math.max(...asked.map(([, a, b]) => a + b));
   const [width, height, step] = [240, 36, 4];
   const bars = asked.flatMap(([minute, a, b]) => {
@@ -88,7 +89,7 @@ export function hitRate(history) {
       s("rect", { class: "miss", x, width: step - 1, y: height - up - down, height: down }),
     ];
   });
-  const text = `${count(hits)} hits and ${count(misses)} misses, ${percent(hits / (hits + misses))} hits`;
+  const text = `${plural(hits, "hit")} and ${plural(misses, "miss", "misses")}, ${percent(hits / (hits + misses))} hits`;
   const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, class: "spark", preserveAspectRatio: "none" }, bars, s("line", { class: "axis", x1: 0, x2: width, y1: height, y2: height }));
   const clock = new Intl.DateTimeFormat("en", { hour: "2-digit", minute: "2-digit", hour12: false });
   const rows = asked.map(([minute, a, b]) => [clock.format(minute * 1000), count(a), count(b), percent(a / (a + b))]);

@@ -3,7 +3,7 @@
 const whole = new Intl.NumberFormat("en");
 
 export const count = (value) => (Number.isFinite(value) ? whole.format(value) : "–");
-export const fixed = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
+export const fixed = (value, digits = 2) => (Number.isFinite(value) ? value.toFixed(digits).replace("-", "−") : "–");
 export const plural = (value, one, many = `${one}s`) => `${count(value)} ${value === 1 ? one : many}`;
 
 export function bytes(value) {

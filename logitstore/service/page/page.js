@@ -25,7 +25,16 @@ async function show() {
   leaving = new AbortController();
   const { signal } = leaving;
   const { parts, params } = read();
-  const view = { params, signal, title, crumbs, put: (...nodes) => signal.aborted || main.replaceChildren(...nodes) };
+  const put = (...nodes) => {
+    if (signal.aborted) return;
+    main.replaceChildren(...nodes.filter(Boolean));
+    if (shown) {
+      main.focus({ preventScroll: true });
+      scrollTo(0, 0);
+    }
+    shown = true;
+  };
+  const view = { params, signal, title, crumbs, put };
   forget.hidden = !token.get();
   main.setAttribute("aria-busy", "true");
   try {
@@ -39,12 +48,6 @@ async function show() {
   } finally {
     if (!signal.aborted) main.removeAttribute("aria-busy");
   }
-  if (signal.aborted) return;
-  if (shown && !main.contains(document.activeElement)) {
-    main.focus({ preventScroll: true });
-    scrollTo(0, 0);
-  }
-  shown = true;
 }
 
 function title(text) {
@@ -104,11 +107,9 @@ forget.addEventListener("click", () => {
   token.forget();
   show();
 });
-addEventListener("hashchange", () => {
-  if (location.hash === "#content") {
-    main.focus();
-    return;
-  }
-  show();
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address names the view, and stays
+  main.focus();
 });
+addEventListener("hashchange", show);
 show();
