@@ -87,9 +87,7 @@ def record(token_ids: Any, made: Manifest) -> DocumentRecord:
 def serving(*places: Path, tokens: Path | None = None) -> Iterator[str]:
     """The service's address while it runs, on a thread of its own."""
     app = create_app(Shelf(places), None, Access(None if tokens is None else TokenFile(tokens)))
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", access_log=False, lifespan="off", ws="none")
-    )
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False, lifespan="off", ws="none"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -106,7 +104,9 @@ def serving(*places: Path, tokens: Path | None = None) -> Iterator[str]:
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A Chromium of this machine, with a new, empty profile; the test is skipped where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH; tools/browser.sh installs one")

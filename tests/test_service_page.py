@@ -229,7 +229,11 @@ def test_a_token_is_asked_for_and_kept_in_the_tab_alone(browser: Any, tmp_path: 
         page.get_by_label("Token", exact=True).fill(secret)
         page.keyboard.press("Enter")
         page.get_by_role("heading", name="Position 2").wait_for()
-        assert page.evaluate("[localStorage.length, document.cookie, Object.values(sessionStorage)]") == [0, "", [secret]]
+        assert page.evaluate("[localStorage.length, document.cookie, Object.values(sessionStorage)]") == [
+            0,
+            "",
+            [secret],
+        ]
         assert secret not in page.url and all(secret not in url for url in watched.asked)
         page.get_by_role("button", name="Forget the token").click()
         page.get_by_label("Token", exact=True).wait_for()

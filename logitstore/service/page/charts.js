@@ -19,11 +19,23 @@ function described(svg, name, text) {
 /** How many values lie between neighbouring edges. */
 export function histogram(name, { edges, counts, mean, unit }, remark) {
   const total = counts.reduce((sum, n) => sum + n, 0);
-  const first = Math.max(0, counts.findIndex((n) => n > 0));
-  const last = Math.max(first, counts.findLastIndex((n) => n > 0));
+  const first = Math.max(
+    0,
+    counts.findIndex((n) => n > 0),
+  );
+  const last = Math.max(
+    first,
+    counts.findLastIndex((n) => n > 0),
+  );
   const from = total && last - first < 4 ? Math.max(0, first - 2) : first;
   const to = total && last - first < 4 ? Math.min(counts.length - 1, last + 2) : last;
-  const caption = h("figcaption", null, h("strong", null, name), ` ${unit}`, h("span", { class: "muted" }, total ? `, mean ${fixed(mean)}` : ""));
+  const caption = h(
+    "figcaption",
+    null,
+    h("strong", null, name),
+    ` ${unit}`,
+    h("span", { class: "muted" }, total ? `, mean ${fixed(mean)}` : ""),
+  );
   if (!total) return h("figure", null, caption, h("p", { class: "muted" }, "Nothing has been read yet."));
   const shown = counts.slice(from, to + 1);
   const most = Math.max(...shown) / total;
@@ -34,10 +46,22 @@ export function histogram(name, { edges, counts, mean, unit }, remark) {
     const [left, right] = [x(edges[from + i]), x(edges[from + i + 1])];
     const height = y(0) - y(n / total);
     const label = `${fixed(edges[from + i])} to ${fixed(edges[from + i + 1])}: ${count(n)}, ${percent(n / total)}`;
-    return s("rect", { class: "bar", x: left + 0.5, width: Math.max(right - left - 1, 0.5), y: y(n / total), height, rx: 1 }, s("title", null, label));
+    return s(
+      "rect",
+      { class: "bar", x: left + 0.5, width: Math.max(right - left - 1, 0.5), y: y(n / total), height, rx: 1 },
+      s("title", null, label),
+    );
   });
   const ticks = axis(low, high).map((value) =>
-    s("text", { x: x(value), y: HEIGHT - BOTTOM + 15, "text-anchor": value === low ? "start" : value === high ? "end" : "middle" }, String(+value.toFixed(2)).replace("-", "−")),
+    s(
+      "text",
+      {
+        x: x(value),
+        y: HEIGHT - BOTTOM + 15,
+        "text-anchor": value === low ? "start" : value === high ? "end" : "middle",
+      },
+      String(+value.toFixed(2)).replace("-", "−"),
+    ),
   );
   const svg = s(
     "svg",
@@ -47,20 +71,29 @@ export function histogram(name, { edges, counts, mean, unit }, remark) {
     s("text", { x: LEFT - 6, y: y(0) + 1, "text-anchor": "end" }, "0"),
     bars,
     s("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(0), y2: y(0) }),
-    Number.isFinite(mean) && mean >= low && mean <= high ? s("line", { class: "mean", x1: x(mean), x2: x(mean), y1: y(most), y2: y(0) }) : null,
+    Number.isFinite(mean) && mean >= low && mean <= high
+      ? s("line", { class: "mean", x1: x(mean), x2: x(mean), y1: y(most), y2: y(0) })
+      : null,
     ticks,
     s("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 3, "text-anchor": "middle" }, unit),
   );
   const peak = counts.indexOf(Math.max(...counts));
   const text = `${count(total)} positions, mean ${fixed(mean)}; most of them, ${percent(counts[peak] / total)}, between ${fixed(edges[peak])} and ${fixed(edges[peak + 1])}.`;
-  const rows = counts.flatMap((n, i) => (n ? [[`${fixed(edges[i])} to ${fixed(edges[i + 1])}`, count(n), percent(n / total)]] : []));
+  const rows = counts.flatMap((n, i) =>
+    n ? [[`${fixed(edges[i])} to ${fixed(edges[i + 1])}`, count(n), percent(n / total)]] : [],
+  );
   return h(
     "figure",
     null,
     caption,
     described(svg, name, text),
     remark ? h("p", { class: "remark" }, remark) : null,
-    h("details", null, h("summary", null, `${name} as a table`), table(`${name}, ${unit}`, ["between", "positions", "share"], rows)),
+    h(
+      "details",
+      null,
+      h("summary", null, `${name} as a table`),
+      table(`${name}, ${unit}`, ["between", "positions", "share"], rows),
+    ),
   );
 }
 
@@ -90,7 +123,12 @@ export function hitRate(history) {
     ];
   });
   const text = `${plural(hits, "hit")} and ${plural(misses, "miss", "misses")}, ${percent(hits / (hits + misses))} hits`;
-  const svg = s("svg", { viewBox: `0 0 ${width} ${height}`, class: "spark", preserveAspectRatio: "none" }, bars, s("line", { class: "axis", x1: 0, x2: width, y1: height, y2: height }));
+  const svg = s(
+    "svg",
+    { viewBox: `0 0 ${width} ${height}`, class: "spark", preserveAspectRatio: "none" },
+    bars,
+    s("line", { class: "axis", x1: 0, x2: width, y1: height, y2: height }),
+  );
   const clock = new Intl.DateTimeFormat("en", { hour: "2-digit", minute: "2-digit", hour12: false });
   const rows = asked.map(([minute, a, b]) => [clock.format(minute * 1000), count(a), count(b), percent(a / (a + b))]);
   return h(
@@ -98,6 +136,11 @@ export function hitRate(history) {
     { class: "rate" },
     described(svg, "Hit rate over the last hour", text),
     h("p", { class: "muted" }, `Last hour: ${text}.`),
-    h("details", null, h("summary", null, "Minute by minute"), table("Hits and misses by the minute", ["minute", "hits", "misses", "hit rate"], rows)),
+    h(
+      "details",
+      null,
+      h("summary", null, "Minute by minute"),
+      table("Hits and misses by the minute", ["minute", "hits", "misses", "hit rate"], rows),
+    ),
   );
 }

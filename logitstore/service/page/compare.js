@@ -16,13 +16,22 @@ export async function showCompare(view, name, ref, other) {
   const first = await ask(["stores", name, "documents", ref], params, view.signal);
   const second = await ask(["stores", other, "documents", first.key], params, view.signal).catch((error) => {
     if (error.status !== 404) throw error;
-    throw new Refused(404, `${other} does not hold this document of ${name}, token by token. Stores hold the same documents where they were built with one tokenizer from one text.`);
+    throw new Refused(
+      404,
+      `${other} does not hold this document of ${name}, token by token. Stores hold the same documents where they were built with one tokenizer from one text.`,
+    );
   });
   const heading = `Document ${count(first.document)}`;
   view.title(`${name} and ${other}, ${heading.toLowerCase()}`);
-  view.crumbs([["Stores", []], [name, [name]], [heading, [name, first.key]], [`beside ${other}`, []]]);
+  view.crumbs([
+    ["Stores", []],
+    [name, [name]],
+    [heading, [name, first.key]],
+    [`beside ${other}`, []],
+  ]);
 
-  const difference = (row) => (first.surprise[row] === null || second.surprise[row] === null ? NaN : first.surprise[row] - second.surprise[row]);
+  const difference = (row) =>
+    first.surprise[row] === null || second.surprise[row] === null ? NaN : first.surprise[row] - second.surprise[row];
   let by = "difference";
   const paint = (node, row) => {
     delete node.dataset.surprise;
@@ -48,13 +57,49 @@ export async function showCompare(view, name, ref, other) {
     key.replaceChildren(value === "difference" ? apartLegend(name, other) : legend());
     walked.repaint();
   };
-  const option = (value, text) => h("label", null, h("input", { type: "radio", name: "by", value, checked: value === by, onchange: () => choose(value) }), h("bdi", null, text));
+  const option = (value, text) =>
+    h(
+      "label",
+      null,
+      h("input", { type: "radio", name: "by", value, checked: value === by, onchange: () => choose(value) }),
+      h("bdi", null, text),
+    );
   view.put(
-    h("div", { class: "title" }, h("h1", null, `${heading} `, h("small", null, h("bdi", null, name), " beside ", h("bdi", null, other))), h("a", { class: "button", href: link([other, first.key, "compare", name], { t }) }, "Swap")),
+    h(
+      "div",
+      { class: "title" },
+      h("h1", null, `${heading} `, h("small", null, h("bdi", null, name), " beside ", h("bdi", null, other))),
+      h("a", { class: "button", href: link([other, first.key, "compare", name], { t }) }, "Swap"),
+    ),
     totals(first, second, name, other, difference),
-    alike ? h("p", null, "Both give what followed the same probability, to 0.25 nats at every position: they differ in what they keep.") : null,
-    h("fieldset", { class: "line" }, h("legend", null, "Colour by"), option("difference", "difference"), option("first", name), option("second", other)),
-    h("div", { class: "reading" }, h("section", { class: "passage", "aria-label": "Text" }, key, h("p", { id: "walk-help", class: "remark" }, HELP), walked.text, parts(name, first, ["compare", other])), side.node),
+    alike
+      ? h(
+          "p",
+          null,
+          "Both give what followed the same probability, to 0.25 nats at every position: they differ in what they keep.",
+        )
+      : null,
+    h(
+      "fieldset",
+      { class: "line" },
+      h("legend", null, "Colour by"),
+      option("difference", "difference"),
+      option("first", name),
+      option("second", other),
+    ),
+    h(
+      "div",
+      { class: "reading" },
+      h(
+        "section",
+        { class: "passage", "aria-label": "Text" },
+        key,
+        h("p", { id: "walk-help", class: "remark" }, HELP),
+        walked.text,
+        parts(name, first, ["compare", other]),
+      ),
+      side.node,
+    ),
   );
   walked.go((t ?? first.start) - first.start, t === undefined ? "open" : "start");
 }
@@ -71,7 +116,17 @@ function totals(first, second, name, other, difference) {
       "table",
       null,
       h("caption", { class: "visually-hidden" }, "The document as both stores have it"),
-      h("thead", null, h("tr", null, h("td", null), h("th", { scope: "col" }, h("bdi", null, name)), h("th", { scope: "col" }, h("bdi", null, other)))),
+      h(
+        "thead",
+        null,
+        h(
+          "tr",
+          null,
+          h("td", null),
+          h("th", { scope: "col" }, h("bdi", null, name)),
+          h("th", { scope: "col" }, h("bdi", null, other)),
+        ),
+      ),
       h(
         "tbody",
         null,
@@ -79,7 +134,11 @@ function totals(first, second, name, other, difference) {
         line("mean surprise, nats", mean(first, "surprise"), mean(second, "surprise")),
         line("mean entropy, nats", mean(first, "entropy"), mean(second, "entropy")),
         line("mean tail mass", percent(meanOf(first.tail_mass)), percent(meanOf(second.tail_mass))),
-        line("more surprised by 0.25 nats or more", share((d) => d >= 0.25), share((d) => d <= -0.25)),
+        line(
+          "more surprised by 0.25 nats or more",
+          share((d) => d >= 0.25),
+          share((d) => d <= -0.25),
+        ),
       ),
     ),
   );
@@ -102,26 +161,70 @@ function describeBoth(first, second, name, other, row) {
     const p = each.missing ? each.p : (each.p ?? each.weight);
     const kind = each.missing ? "missing" : each.tail ? "tail" : "head";
     const word = { missing: "not kept", tail: "tail", head: "" }[kind];
-    return h("td", null, h("span", { class: "value" }, p === null ? "–" : percent(p)), word ? h("small", null, ` ${word}`) : null, bar(each.missing ? (each.p ?? 0) : each.weight, kind));
+    return h(
+      "td",
+      null,
+      h("span", { class: "value" }, p === null ? "–" : percent(p)),
+      word ? h("small", null, ` ${word}`) : null,
+      bar(each.missing ? (each.p ?? 0) : each.weight, kind),
+    );
   };
   const sides = (pick) => [pick(first), pick(second)].map((value) => h("td", null, value));
   return [
-    h("p", { class: "context" }, h("bdi", { class: "mono" }, `…${alone(first.pieces.slice(Math.max(0, row - 7), row + 1).join(""))}`), h("span", { "aria-hidden": "true" }, " → "), h("bdi", { class: "mono followed" }, alone(first.texts[first.token_ids[row + 1]]))),
+    h(
+      "p",
+      { class: "context" },
+      h("bdi", { class: "mono" }, `…${alone(first.pieces.slice(Math.max(0, row - 7), row + 1).join(""))}`),
+      h("span", { "aria-hidden": "true" }, " → "),
+      h("bdi", { class: "mono followed" }, alone(first.texts[first.token_ids[row + 1]])),
+    ),
     h(
       "table",
       { class: "both" },
       h("caption", { class: "visually-hidden" }, "Candidates of both stores"),
-      h("thead", null, h("tr", null, h("th", { scope: "col" }, "token"), h("th", { scope: "col" }, h("bdi", null, name)), h("th", { scope: "col" }, h("bdi", null, other)))),
+      h(
+        "thead",
+        null,
+        h(
+          "tr",
+          null,
+          h("th", { scope: "col" }, "token"),
+          h("th", { scope: "col" }, h("bdi", null, name)),
+          h("th", { scope: "col" }, h("bdi", null, other)),
+        ),
+      ),
       h(
         "tbody",
         null,
-        h("tr", { class: "measure" }, h("th", { scope: "row" }, "surprise"), sides((answer) => nats(answer.surprise[row]))),
-        h("tr", { class: "measure" }, h("th", { scope: "row" }, "entropy"), sides((answer) => nats(answer.entropy[row]))),
+        h(
+          "tr",
+          { class: "measure" },
+          h("th", { scope: "row" }, "surprise"),
+          sides((answer) => nats(answer.surprise[row])),
+        ),
+        h(
+          "tr",
+          { class: "measure" },
+          h("th", { scope: "row" }, "entropy"),
+          sides((answer) => nats(answer.entropy[row])),
+        ),
         shown.map((both) =>
-          h("tr", { class: both.label ? "label" : null }, h("th", { scope: "row" }, h("bdi", { class: "mono" }, alone(both.text)), both.label ? h("span", { class: "tag" }, "what followed") : null), both.sides.map(cell)),
+          h(
+            "tr",
+            { class: both.label ? "label" : null },
+            h(
+              "th",
+              { scope: "row" },
+              h("bdi", { class: "mono" }, alone(both.text)),
+              both.label ? h("span", { class: "tag" }, "what followed") : null,
+            ),
+            both.sides.map(cell),
+          ),
         ),
       ),
     ),
-    all.length > shown.length ? h("p", { class: "remark" }, `${count(all.length - shown.length)} less likely ones are not shown.`) : null,
+    all.length > shown.length
+      ? h("p", { class: "remark" }, `${count(all.length - shown.length)} less likely ones are not shown.`)
+      : null,
   ].filter(Boolean);
 }

@@ -8,7 +8,8 @@ import { link, replace, whole } from "./route.js";
 import { legend, step, walk } from "./tokens.js";
 
 export const AT_ONCE = 4096;
-export const HELP = "Arrow keys walk the tokens, Home and End go to the ends, n and p to the next and previous surprise.";
+export const HELP =
+  "Arrow keys walk the tokens, Home and End go to the ends, n and p to the next and previous surprise.";
 
 /** Where an answer begins so that position t is in it. */
 export const startOf = (t) => (t === undefined ? 0 : Math.floor(t / AT_ONCE) * AT_ONCE);
@@ -22,7 +23,11 @@ export async function showDocument(view, name, ref) {
   ]);
   const heading = `Document ${count(answer.document)}`;
   view.title(`${heading} of ${name}`);
-  view.crumbs([["Stores", []], [name, [name]], [heading, [name, answer.key]]]);
+  view.crumbs([
+    ["Stores", []],
+    [name, [name]],
+    [heading, [name, answer.key]],
+  ]);
   const here = (row) => replace([name, answer.key], { t: answer.start + row, temperature });
   const side = panel(answer, "Position", (row) => describe(answer, row), {
     to: (row) => walked.go(row, "click"),
@@ -41,11 +46,28 @@ export async function showDocument(view, name, ref) {
     },
   );
   view.put(
-    h("div", { class: "title" }, h("h1", null, heading, " ", h("small", null, "of ", h("bdi", null, name))), beside(name, answer)),
+    h(
+      "div",
+      { class: "title" },
+      h("h1", null, heading, " ", h("small", null, "of ", h("bdi", null, name))),
+      beside(name, answer),
+    ),
     summary(answer),
     temperatures(name, answer, t),
     compareForm(name, answer, stores, () => walked.at),
-    h("div", { class: "reading" }, h("section", { class: "passage", "aria-label": "Text" }, legend(), h("p", { id: "walk-help", class: "remark" }, HELP), walked.text, parts(name, answer)), side.node),
+    h(
+      "div",
+      { class: "reading" },
+      h(
+        "section",
+        { class: "passage", "aria-label": "Text" },
+        legend(),
+        h("p", { id: "walk-help", class: "remark" }, HELP),
+        walked.text,
+        parts(name, answer),
+      ),
+      side.node,
+    ),
   );
   walked.go((t ?? answer.start) - answer.start, t === undefined ? "open" : "start");
 }
@@ -73,8 +95,16 @@ function summary(answer) {
 }
 
 function beside(name, answer) {
-  const there = (number, text) => (number >= 0 && number < answer.documents ? h("a", { class: "button", href: link([name, String(number)]) }, text) : null);
-  return h("nav", { class: "pages", "aria-label": "Documents beside this one" }, there(answer.document - 1, "← Previous"), there(answer.document + 1, "Next →"));
+  const there = (number, text) =>
+    number >= 0 && number < answer.documents
+      ? h("a", { class: "button", href: link([name, String(number)]) }, text)
+      : null;
+  return h(
+    "nav",
+    { class: "pages", "aria-label": "Documents beside this one" },
+    there(answer.document - 1, "← Previous"),
+    there(answer.document + 1, "Next →"),
+  );
 }
 
 /** A document of more positions than are shown at once is shown in parts. */
@@ -94,20 +124,44 @@ export function parts(name, answer, more = []) {
 function temperatures(name, answer, t) {
   if (answer.temperatures.length < 2) return null;
   const links = answer.temperatures.map((value) =>
-    h("li", null, value === answer.temperature ? h("span", { "aria-current": "true" }, value) : h("a", { href: link([name, answer.key], { t, temperature: value }) }, value)),
+    h(
+      "li",
+      null,
+      value === answer.temperature
+        ? h("span", { "aria-current": "true" }, value)
+        : h("a", { href: link([name, answer.key], { t, temperature: value }) }, value),
+    ),
   );
-  return h("nav", { class: "temperatures", "aria-label": "Temperature" }, h("p", null, "Candidates at temperature"), h("ul", null, links));
+  return h(
+    "nav",
+    { class: "temperatures", "aria-label": "Temperature" },
+    h("p", null, "Candidates at temperature"),
+    h("ul", null, links),
+  );
 }
 
 function compareForm(name, answer, stores, at) {
   const others = stores.filter((store) => store.name !== name && !store.error);
   if (!others.length) return null;
-  const sameTokens = (store) => store.tokenizer.fingerprint === stores.find((each) => each.name === name)?.tokenizer.fingerprint;
+  const sameTokens = (store) =>
+    store.tokenizer.fingerprint === stores.find((each) => each.name === name)?.tokenizer.fingerprint;
   others.sort((a, b) => sameTokens(b) - sameTokens(a));
-  const choice = h("select", { id: "other" }, others.map((store) => h("option", { value: store.name }, store.name + (sameTokens(store) ? "" : " (another tokenizer)"))));
+  const choice = h(
+    "select",
+    { id: "other" },
+    others.map((store) =>
+      h("option", { value: store.name }, store.name + (sameTokens(store) ? "" : " (another tokenizer)")),
+    ),
+  );
   const go = (event) => {
     event.preventDefault();
     location.hash = link([name, answer.key, "compare", choice.value], { t: answer.start + at() });
   };
-  return h("form", { class: "line", onsubmit: go }, h("label", { for: "other" }, "Compare with"), choice, h("button", { type: "submit" }, "Compare"));
+  return h(
+    "form",
+    { class: "line", onsubmit: go },
+    h("label", { for: "other" }, "Compare with"),
+    choice,
+    h("button", { type: "submit" }, "Compare"),
+  );
 }

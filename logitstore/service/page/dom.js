@@ -27,11 +27,26 @@ export function table(caption, head, rows) {
       "table",
       null,
       h("caption", { class: "visually-hidden" }, caption),
-      h("thead", null, h("tr", null, head.map((cell) => h("th", { scope: "col" }, cell)))),
+      h(
+        "thead",
+        null,
+        h(
+          "tr",
+          null,
+          head.map((cell) => h("th", { scope: "col" }, cell)),
+        ),
+      ),
       h(
         "tbody",
         null,
-        rows.map(([first, ...rest]) => h("tr", null, h("th", { scope: "row" }, first), rest.map((cell) => h("td", null, cell)))),
+        rows.map(([first, ...rest]) =>
+          h(
+            "tr",
+            null,
+            h("th", { scope: "row" }, first),
+            rest.map((cell) => h("td", null, cell)),
+          ),
+        ),
       ),
     ),
   );
@@ -44,7 +59,9 @@ export function facts(items, className = "facts") {
     { class: className },
     items
       .filter(Boolean)
-      .map(([name, value, remark]) => h("div", null, h("dt", null, name), h("dd", null, value, remark ? h("small", null, remark) : null))),
+      .map(([name, value, remark]) =>
+        h("div", null, h("dt", null, name), h("dd", null, value, remark ? h("small", null, remark) : null)),
+      ),
   );
 }
 

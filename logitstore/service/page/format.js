@@ -8,7 +8,12 @@ export const plural = (value, one, many = `${one}s`) => `${count(value)} ${value
 
 export function bytes(value) {
   if (!Number.isFinite(value)) return "–";
-  for (const [unit, name] of [[1e12, "TB"], [1e9, "GB"], [1e6, "MB"], [1e3, "kB"]]) {
+  for (const [unit, name] of [
+    [1e12, "TB"],
+    [1e9, "GB"],
+    [1e6, "MB"],
+    [1e3, "kB"],
+  ]) {
     if (value >= unit) return `${(value / unit).toPrecision(3)} ${name}`;
   }
   return `${value} bytes`;
@@ -27,7 +32,8 @@ export function percent(p) {
 export const nats = (value) => (Number.isFinite(value) ? `${value.toFixed(2)} nats` : "not known");
 
 // Characters that show nothing or that turn the text around them: controls, bidirectional marks, zero-width, private.
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/gu;
+const UNSEEN =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/gu;
 const named = (character) => `‹${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`;
 
 /** A token within the text: as it is, but for what would not be seen or would reorder its neighbours. */
@@ -36,7 +42,10 @@ export const inText = (text) => text.replace(UNSEEN, named);
 /** A token by itself: spaces and line ends are shown too. */
 export function alone(text) {
   if (text === "") return "(nothing)";
-  return inText(text).replace(/^ +| +$|^ +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+  return inText(text)
+    .replace(/^ +| +$|^ +$/g, (spaces) => "␣".repeat(spaces.length))
+    .replace(/\n/g, "⏎")
+    .replace(/\t/g, "⇥");
 }
 
 /** A token as a screen reader should say it. */

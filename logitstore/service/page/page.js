@@ -15,8 +15,14 @@ let shown = false;
 
 const views = {
   0: () => showStores,
-  1: ([name]) => (view) => showStore(view, name),
-  2: ([name, ref]) => (view) => showDocument(view, name, ref),
+  1:
+    ([name]) =>
+    (view) =>
+      showStore(view, name),
+  2:
+    ([name, ref]) =>
+    (view) =>
+      showDocument(view, name, ref),
   4: ([name, ref, word, other]) => (word === "compare" ? (view) => showCompare(view, name, ref, other) : undefined),
 };
 
@@ -57,7 +63,11 @@ function title(text) {
 /** The way here: [text, parts of its address] each, the last one being this page. */
 function crumbs(items) {
   const list = items.map(([text, parts], i) =>
-    h("li", null, i === items.length - 1 ? h("span", { "aria-current": "page" }, text) : h("a", { href: link(parts) }, text)),
+    h(
+      "li",
+      null,
+      i === items.length - 1 ? h("span", { "aria-current": "page" }, text) : h("a", { href: link(parts) }, text),
+    ),
   );
   document.getElementById("crumbs").replaceChildren(h("ol", null, list));
 }
@@ -72,7 +82,13 @@ function refused(error) {
       { class: "notice" },
       h("h1", null, error.status === 404 ? "Not there" : error.status === 403 ? "Not allowed" : "That did not work"),
       h("p", { role: "alert" }, error.message),
-      h("p", null, h("button", { type: "button", onclick: show }, "Try again"), " ", h("a", { href: "#/" }, "All stores")),
+      h(
+        "p",
+        null,
+        h("button", { type: "button", onclick: show }, "Try again"),
+        " ",
+        h("a", { href: "#/" }, "All stores"),
+      ),
     ),
   );
 }
@@ -83,7 +99,14 @@ function askForToken(message) {
   const wrong = token.get() !== null;
   token.forget();
   forget.hidden = true;
-  const field = h("input", { type: "password", id: "token", autocomplete: "off", spellcheck: "false", required: true, "aria-describedby": "token-help" });
+  const field = h("input", {
+    type: "password",
+    id: "token",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+    "aria-describedby": "token-help",
+  });
   const enter = (event) => {
     event.preventDefault();
     if (!field.value.trim()) return;
@@ -96,8 +119,18 @@ function askForToken(message) {
       { class: "notice" },
       h("h1", null, "This service asks for a token"),
       wrong ? h("p", { role: "alert" }, message) : null,
-      h("form", { class: "line", onsubmit: enter }, h("label", { for: "token" }, "Token"), field, h("button", { type: "submit" }, "Open")),
-      h("p", { id: "token-help", class: "muted" }, "It is kept in this tab alone, and sent to this service alone. Whoever runs the service gives it to you."),
+      h(
+        "form",
+        { class: "line", onsubmit: enter },
+        h("label", { for: "token" }, "Token"),
+        field,
+        h("button", { type: "submit" }, "Open"),
+      ),
+      h(
+        "p",
+        { id: "token-help", class: "muted" },
+        "It is kept in this tab alone, and sent to this service alone. Whoever runs the service gives it to you.",
+      ),
     ),
   );
   field.focus();

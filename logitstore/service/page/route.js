@@ -4,7 +4,8 @@
 export function link(parts, params = {}) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(params)) {
-    for (const each of [value].flat()) if (each !== undefined && each !== null && each !== "" && each !== false) query.append(name, each);
+    for (const each of [value].flat())
+      if (each !== undefined && each !== null && each !== "" && each !== false) query.append(name, each);
   }
   const path = `#/${parts.map(encodeURIComponent).join("/")}`;
   return query.size ? `${path}?${query}` : path;

@@ -27,7 +27,10 @@ export async function showStore(view, name) {
   const store = await ask(["stores", name], {}, view.signal);
   if (store.error) throw new Refused(503, store.error);
   view.title(name);
-  view.crumbs([["Stores", []], [name, [name]]]);
+  view.crumbs([
+    ["Stores", []],
+    [name, [name]],
+  ]);
   const charts = h("div", { class: "charts" });
   const progress = h("p", { class: "muted", role: "status" });
   const list = listing(view, name);
@@ -35,7 +38,13 @@ export async function showStore(view, name) {
     h("h1", null, name),
     about(store),
     facts(numbers(store), "facts card"),
-    h("section", { "aria-labelledby": "positions" }, h("h2", { id: "positions" }, "Position by position"), progress, charts),
+    h(
+      "section",
+      { "aria-labelledby": "positions" },
+      h("h2", { id: "positions" }, "Position by position"),
+      progress,
+      charts,
+    ),
     list.node,
     h("section", { "aria-labelledby": "asked" }, h("h2", { id: "asked" }, "Hit rate"), hitRate(store.history ?? [])),
   );
@@ -50,11 +59,14 @@ async function follow(view, name, charts, progress) {
   for (let drawn = false; !view.signal.aborted; drawn = true) {
     const stats = await ask(["stores", name, "stats"], {}, view.signal);
     if (!drawn || stats.finished) {
-      charts.replaceChildren(...HISTOGRAMS.map(([key, title, remark]) => histogram(title, stats.histograms[key], remark)));
+      charts.replaceChildren(
+        ...HISTOGRAMS.map(([key, title, remark]) => histogram(title, stats.histograms[key], remark)),
+      );
     }
-    progress.textContent = stats.scanned === stats.of
-      ? `The label is kept in ${percent(stats.label_in_head + stats.label_in_tail)} of ${plural(stats.positions, "position")}; the teacher's perplexity on the labels is ${fixed(stats.teacher_perplexity, 1)}.`
-      : `Read so far: ${count(stats.scanned)} of ${plural(stats.of, "document")}.`;
+    progress.textContent =
+      stats.scanned === stats.of
+        ? `The label is kept in ${percent(stats.label_in_head + stats.label_in_tail)} of ${plural(stats.positions, "position")}; the teacher's perplexity on the labels is ${fixed(stats.teacher_perplexity, 1)}.`
+        : `Read so far: ${count(stats.scanned)} of ${plural(stats.of, "document")}.`;
     if (stats.finished) return;
     await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
   }
@@ -68,13 +80,36 @@ function listing(view, name) {
     text: view.params.get("text") ?? "",
     offset: whole(view.params, "offset") ?? 0,
   };
-  const sort = h("select", { id: "sort" }, h("option", { value: "" }, "the store's order"), MEASURES.map(([key, word]) => h("option", { value: key }, word)));
-  const order = h("select", { id: "order" }, h("option", { value: "false" }, "lowest first"), h("option", { value: "true" }, "highest first"));
+  const sort = h(
+    "select",
+    { id: "sort" },
+    h("option", { value: "" }, "the store's order"),
+    MEASURES.map(([key, word]) => h("option", { value: key }, word)),
+  );
+  const order = h(
+    "select",
+    { id: "order" },
+    h("option", { value: "false" }, "lowest first"),
+    h("option", { value: "true" }, "highest first"),
+  );
   const text = h("input", { id: "text", type: "search", autocomplete: "off", placeholder: "any part of the text" });
-  const where = h("input", { id: "where", type: "text", autocomplete: "off", spellcheck: "false", autocapitalize: "off", placeholder: "nll>3, length<500", "aria-describedby": "where-help" });
+  const where = h("input", {
+    id: "where",
+    type: "text",
+    autocomplete: "off",
+    spellcheck: "false",
+    autocapitalize: "off",
+    placeholder: "nll>3, length<500",
+    "aria-describedby": "where-help",
+  });
   const told = h("p", { class: "told", role: "status" });
   const body = h("tbody", { role: "rowgroup" });
-  const heads = new Map(MEASURES.map(([key, word]) => [key, h("th", { scope: "col", role: "columnheader" }, h("button", { type: "button", onclick: () => turn(key) }, word))]));
+  const heads = new Map(
+    MEASURES.map(([key, word]) => [
+      key,
+      h("th", { scope: "col", role: "columnheader" }, h("button", { type: "button", onclick: () => turn(key) }, word)),
+    ]),
+  );
   const pages = h("nav", { class: "pages", "aria-label": "Pages of documents" });
   sort.value = asked.sort;
   order.value = String(asked.descending);
@@ -91,7 +126,10 @@ function listing(view, name) {
   function submit(event) {
     event?.preventDefault();
     Object.assign(asked, { sort: sort.value, descending: order.value === "true", text: text.value, offset: 0 });
-    asked.where = where.value.split(",").map((one) => one.trim()).filter(Boolean);
+    asked.where = where.value
+      .split(",")
+      .map((one) => one.trim())
+      .filter(Boolean);
     load();
   }
 
@@ -131,14 +169,24 @@ function listing(view, name) {
     body.replaceChildren(...found.documents.map((row) => documentRow(name, row)));
     if (focused) [...body.querySelectorAll("a")].find((a) => a.getAttribute("href") === focused)?.focus();
     const chosen = asked.text || asked.where.length;
-    const reading = found.finished || !(asked.sort || chosen) ? "" : ` Read so far: ${count(found.scanned)} of ${count(found.of)}.`;
-    const partly = asked.text && found.searched < found.scanned ? ` Texts were searched in the first ${count(found.searched)} documents.` : "";
-    const range = found.documents.length ? `, ${count(found.offset + 1)} to ${count(found.offset + found.documents.length)} shown` : "";
+    const reading =
+      found.finished || !(asked.sort || chosen) ? "" : ` Read so far: ${count(found.scanned)} of ${count(found.of)}.`;
+    const partly =
+      asked.text && found.searched < found.scanned
+        ? ` Texts were searched in the first ${count(found.searched)} documents.`
+        : "";
+    const range = found.documents.length
+      ? `, ${count(found.offset + 1)} to ${count(found.offset + found.documents.length)} shown`
+      : "";
     told.textContent = `${plural(found.matching, "document")}${chosen ? (found.matching === 1 ? " fits" : " fit") : ""}${range}.${reading}${partly}`;
     const more = found.offset + found.documents.length < found.matching;
     pages.hidden = !(found.offset || more);
     pages.replaceChildren(
-      h("button", { type: "button", disabled: !found.offset, onclick: () => go(Math.max(0, found.offset - AT_ONCE)) }, "← Earlier"),
+      h(
+        "button",
+        { type: "button", disabled: !found.offset, onclick: () => go(Math.max(0, found.offset - AT_ONCE)) },
+        "← Earlier",
+      ),
       h("button", { type: "button", disabled: !more, onclick: () => go(found.offset + AT_ONCE) }, "Later →"),
     );
   }
@@ -156,13 +204,21 @@ function listing(view, name) {
       field("Sort by", sort),
       field("Order", order),
       h("button", { type: "submit" }, "Show"),
-      h("p", { id: "where-help", class: "remark" }, "Conditions with commas between them, on length, nll, entropy, correct, disagreement or tail_mass. Surprise is nll, the mean of −log p of what followed, in nats; foretold, the share of tokens that the teacher found likeliest."),
+      h(
+        "p",
+        { id: "where-help", class: "remark" },
+        "Conditions with commas between them, on length, nll, entropy, correct, disagreement or tail_mass. Surprise is nll, the mean of −log p of what followed, in nats; foretold, the share of tokens that the teacher found likeliest.",
+      ),
     ),
     told,
     h(
       "table",
       { class: "documents", role: "table", "aria-labelledby": "documents" },
-      h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, h("th", { scope: "col", role: "columnheader" }, "document"), [...heads.values()])),
+      h(
+        "thead",
+        { role: "rowgroup" },
+        h("tr", { role: "row" }, h("th", { scope: "col", role: "columnheader" }, "document"), [...heads.values()]),
+      ),
       body,
     ),
     pages,
@@ -175,13 +231,21 @@ function documentRow(name, row) {
   const cells = MEASURES.map(([key, word, format]) => {
     const value = row[key];
     const shade = key === "nll" && value !== null ? step(value) : undefined;
-    return h("td", { role: "cell", "data-name": word }, h("span", { "data-surprise": shade }, value === null ? "–" : format(value)));
+    return h(
+      "td",
+      { role: "cell", "data-name": word },
+      h("span", { "data-surprise": shade }, value === null ? "–" : format(value)),
+    );
   });
   return h(
     "tr",
     { role: "row" },
-    h("th", { scope: "row", role: "rowheader" }, h("a", { href: link([name, row.key]) }, h("bdi", null, begins)), h("small", null, `number ${count(row.document)}`)),
+    h(
+      "th",
+      { scope: "row", role: "rowheader" },
+      h("a", { href: link([name, row.key]) }, h("bdi", null, begins)),
+      h("small", null, `number ${count(row.document)}`),
+    ),
     cells,
   );
 }
-

@@ -29,7 +29,13 @@ export async function showStores(view) {
     h("h1", null, found.stores.length ? "Stores" : "No stores yet"),
     found.stores.length
       ? h("p", { class: "lead" }, `${plural(found.stores.length, "store")} of what teachers said, token by token.`)
-      : h("p", { class: "lead" }, "Type ", h("code", null, "logitstore build --teacher T --dataset D --out S.zarr"), " in the folder that is served, and it appears here."),
+      : h(
+          "p",
+          { class: "lead" },
+          "Type ",
+          h("code", null, "logitstore build --teacher T --dataset D --out S.zarr"),
+          " in the folder that is served, and it appears here.",
+        ),
     list,
     troubled,
     h("p", { class: "muted foot" }, `logitstore ${found.version} · `, h("a", { href: "docs" }, "the HTTP contract")),
@@ -63,7 +69,9 @@ function card(name) {
       const seen = JSON.stringify({ ...store, history: undefined, hits: undefined, misses: undefined });
       if (seen !== before) {
         state.replaceChildren(...teaching(store));
-        body.replaceChildren(...(store.error ? [h("p", { role: "alert" }, store.error)] : [about(store), facts(numbers(store))]));
+        body.replaceChildren(
+          ...(store.error ? [h("p", { role: "alert" }, store.error)] : [about(store), facts(numbers(store))]),
+        );
         before = seen;
       }
       const rated = JSON.stringify([store.hits, store.misses, store.history]);
@@ -99,9 +107,21 @@ export function numbers(store) {
     ["documents", count(store.documents)],
     ["tokens", count(store.positions)],
     ["bytes per token", fixed(store.bytes_per_token, 1), bytes(store.disk_bytes)],
-    ["fidelity", angle ? `${fixed(angle[1], 1)}°` : "–", angle ? `off the full gradient over ${count(angle[0])} positions` : "not measured"],
-    ["coverage", fidelity ? percent(fidelity.kept_mass) : "–", fidelity ? "of the probability kept exactly" : "not measured"],
-    ["hit rate", store.hits + store.misses ? percent(store.hits / (store.hits + store.misses)) : "–", store.hits + store.misses ? `of ${count(store.hits + store.misses)} asked` : "nobody asked yet"],
+    [
+      "fidelity",
+      angle ? `${fixed(angle[1], 1)}°` : "–",
+      angle ? `off the full gradient over ${count(angle[0])} positions` : "not measured",
+    ],
+    [
+      "coverage",
+      fidelity ? percent(fidelity.kept_mass) : "–",
+      fidelity ? "of the probability kept exactly" : "not measured",
+    ],
+    [
+      "hit rate",
+      store.hits + store.misses ? percent(store.hits / (store.hits + store.misses)) : "–",
+      store.hits + store.misses ? `of ${count(store.hits + store.misses)} asked` : "nobody asked yet",
+    ],
   ];
 }
 
@@ -113,7 +133,15 @@ const STATES = {
 
 function teaching(store) {
   if (store.error) return [h("span", { class: "dot lost", "aria-hidden": "true" }), "Damaged"];
-  const [dot, words] = (store.teaches && STATES[store.teacher_state]) || ["none", "Nobody teaches; what it lacks stays a miss"];
-  const queue = store.teaches && store.queue?.documents ? ` · ${plural(store.queue.documents, "document")}, ${plural(store.queue.tokens, "token")} in the queue` : store.teaches ? " · nothing in the queue" : "";
+  const [dot, words] = (store.teaches && STATES[store.teacher_state]) || [
+    "none",
+    "Nobody teaches; what it lacks stays a miss",
+  ];
+  const queue =
+    store.teaches && store.queue?.documents
+      ? ` · ${plural(store.queue.documents, "document")}, ${plural(store.queue.tokens, "token")} in the queue`
+      : store.teaches
+        ? " · nothing in the queue"
+        : "";
   return [h("span", { class: `dot ${dot}`, "aria-hidden": "true" }), words + queue];
 }

@@ -24,12 +24,19 @@ export function legend() {
     { class: "legend" },
     h("p", null, "Surprise, nats, from"),
     h("ol", null, swatches),
-    h("p", { class: "muted" }, `0.5 is a probability of ${percent(Math.exp(-0.5))}, 3 of ${percent(Math.exp(-3))}; underlined from 6.5, ${percent(Math.exp(-6.5))}.`),
+    h(
+      "p",
+      { class: "muted" },
+      `0.5 is a probability of ${percent(Math.exp(-0.5))}, 3 of ${percent(Math.exp(-3))}; underlined from 6.5, ${percent(Math.exp(-6.5))}.`,
+    ),
   );
 }
 
 export function apartLegend(first, second) {
-  const side = (letter) => [1, 2, 3].map((i) => h("li", null, h("span", { class: "swatch", "data-apart": letter + i, "aria-hidden": "true" }), `${APART[i - 1]}`));
+  const side = (letter) =>
+    [1, 2, 3].map((i) =>
+      h("li", null, h("span", { class: "swatch", "data-apart": letter + i, "aria-hidden": "true" }), `${APART[i - 1]}`),
+    );
   return h(
     "div",
     { class: "legend" },
@@ -51,7 +58,18 @@ export function walk(answer, label, paint, tell) {
   const ids = answer.token_ids;
   const unprinted = new Set(special);
   const nodes = pieces.map((piece, i) => token(piece, ids[i], unprinted, answer.texts));
-  const text = h("div", { class: "text", id: "text-walk", tabindex: 0, role: "group", "aria-label": label, "aria-describedby": "walk-help" }, nodes);
+  const text = h(
+    "div",
+    {
+      class: "text",
+      id: "text-walk",
+      tabindex: 0,
+      role: "group",
+      "aria-label": label,
+      "aria-describedby": "walk-help",
+    },
+    nodes,
+  );
   nodes.forEach((node, i) => {
     node.dataset.i = i;
     if (i) paint(node, i - 1);
@@ -65,7 +83,8 @@ export function walk(answer, label, paint, tell) {
     mark(at, "here", false);
     at = Math.min(Math.max(row, 0), last);
     mark(at, "here", true);
-    if (how === "key" || how === "start") nodes[at + 1].scrollIntoView({ block: how === "start" ? "center" : "nearest" });
+    if (how === "key" || how === "start")
+      nodes[at + 1].scrollIntoView({ block: how === "start" ? "center" : "nearest" });
     tell(at, how);
   }
   function hover(row) {
@@ -126,7 +145,8 @@ export function walk(answer, label, paint, tell) {
     p: () => surprising(-1),
   };
   const surprising = (direction) => {
-    for (let row = at + direction; row >= 0 && row <= last; row += direction) if (answer.surprise[row] >= 4.5) return row;
+    for (let row = at + direction; row >= 0 && row <= last; row += direction)
+      if (answer.surprise[row] >= 4.5) return row;
     return at;
   };
   text.addEventListener("keydown", (event) => {
@@ -134,7 +154,16 @@ export function walk(answer, label, paint, tell) {
     event.preventDefault();
     go(keys[event.key](), "key");
   });
-  return { text, go, surprising, repaint: () => nodes.forEach((node, i) => i && paint(node, i - 1)), last, get at() { return at; } };
+  return {
+    text,
+    go,
+    surprising,
+    repaint: () => nodes.forEach((node, i) => i && paint(node, i - 1)),
+    last,
+    get at() {
+      return at;
+    },
+  };
 }
 
 function token(piece, id, special, texts) {
