@@ -242,7 +242,7 @@ def test_a_token_is_asked_for_and_kept_in_the_tab_alone(browser: Any, tmp_path: 
         watched.context.close()
 
 
-def test_a_document_that_only_one_store_has_is_told_so(browser: Any, base: str, tmp_path: Path) -> None:
+def test_a_document_that_only_one_store_has_is_told_so(browser: Any, tmp_path: Path) -> None:
     page_store(tmp_path / "a.zarr", "top-k:4", lengths=(20,))
     page_store(tmp_path / "b.zarr", "top-k:4", lengths=(30,))
     with serving(tmp_path / "a.zarr", tmp_path / "b.zarr") as address:
