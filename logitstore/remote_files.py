@@ -1,7 +1,7 @@
-"""A store behind a URL: http(s)://, s3://, gs://, az:// through `obstore`, the only file that speaks to it. Read only.
+"""A store in an object store: s3://, gs://, az:// through `obstore`, the only file that speaks to it. Read only.
 
 A file is fetched whole, once, and kept while there is room: its digest is held against all of it before a value is
-used, so a part of a file is never enough. For training over a network see the overlay of `distill-train --write-back`.
+used, so a part of a file is never enough.
 """
 
 import threading

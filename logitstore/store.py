@@ -27,17 +27,33 @@ def open_store(path: str | PathLike[str]) -> Store:
         StoreNotFoundError: nothing there.
         StoreFormatError: not a store, or one of a newer format.
         CorruptStoreError: its bytes are not those that were written.
+        ServiceError: a server refuses, or does not answer.
     """
-    if isinstance(path, str) and re.match(r"[a-z0-9]+://", path):
-        from logitstore.remote_files import RemoteFiles
-
-        return ZarrStore(RemoteFiles(path), path)
+    if is_url(path):
+        return ZarrStore(_remote_files(str(path)), str(path))
     place = Path(path).expanduser()
     if is_lmdb_store(place):
         from logitstore.lmdb_store import LmdbStore
 
         return LmdbStore(place)
     return ZarrStore(files_of(place), place)
+
+
+def is_url(path: str | PathLike[str]) -> bool:
+    """Whether a store lies behind a URL."""
+    return isinstance(path, str) and re.match(r"[a-z0-9]+://", path) is not None
+
+
+def _remote_files(url: str) -> Files:
+    if url.startswith(("http://", "https://")):
+        from logitstore.http_files import HttpFiles
+        from logitstore.service_client import ServiceClient
+
+        client = ServiceClient(url)
+        return HttpFiles(client, lists=client.facts() is not None)
+    from logitstore.remote_files import RemoteFiles
+
+    return RemoteFiles(url)
 
 
 def files_of(path: Path) -> Files:

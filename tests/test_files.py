@@ -18,9 +18,18 @@ import obstore
 import pytest
 from obstore.store import MemoryStore
 
-from logitstore.errors import CorruptStoreError, StoreError, StoreFormatError, StoreWriteError
+from logitstore.errors import (
+    CorruptStoreError,
+    ServiceError,
+    ServiceLostError,
+    StoreError,
+    StoreFormatError,
+    StoreWriteError,
+)
 from logitstore.files import OPEN_FILES, CannotList, LocalFiles, ZipFiles
+from logitstore.http_files import HttpFiles
 from logitstore.remote_files import RemoteFiles
+from logitstore.service_client import ServiceClient
 from logitstore.store import open_store
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
@@ -239,6 +248,8 @@ class FolderHandler(SimpleHTTPRequestHandler):
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logitstore.remote_files.TIMEOUT_S", 1)
     monkeypatch.setattr("logitstore.remote_files.RETRIES", 2)
+    monkeypatch.setattr("logitstore.service_client.SILENT_S", 1)
+    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 2)
 
 
 def test_a_store_behind_http_reads_equal_and_each_file_is_fetched_once(store: ZarrStore) -> None:
@@ -247,7 +258,7 @@ def test_a_store_behind_http_reads_equal_and_each_file_is_fetched_once(store: Za
         found = open_store(url)
         assert not any("/s/shards/" in line and not line.endswith("/s/shards/zarr.json") for line in asked)
         assert_reads_equal(found, store)
-        fetched = [line for line in asked if line.startswith("GET ")]
+        fetched = [line for line in asked if line.startswith("GET /s/") and "/index/" not in line]
         assert len(fetched) == len(set(fetched)) and {line.split()[0] for line in asked} == {"GET", "HEAD"}
 
 
@@ -259,7 +270,7 @@ def test_plain_http_without_an_index_is_one_line(store: ZarrStore) -> None:
         with pytest.raises(StoreFormatError, match=r"none is not a store: it has no zarr\.json; type"):
             open_store(f"{url}/none")
         with pytest.raises(CannotList):
-            RemoteFiles(url).folders("shards")
+            HttpFiles(ServiceClient(url), lists=False).folders("shards")
 
 
 def test_damage_behind_http_is_noticed_and_a_lost_file_is_one_line(store: ZarrStore) -> None:
@@ -319,7 +330,8 @@ class FailingHandler(FolderHandler):
 def test_a_server_that_fails_is_one_line_within_bounded_time(store: ZarrStore, way: str) -> None:
     begin = time.monotonic()
     handler = partial(FailingHandler, directory=store.folder.parent, asked=[], way=way)
-    with served(handler) as url, pytest.raises(StoreError, match=r"cannot be read|bytes instead of") as caught:
+    told = pytest.raises((ServiceError, StoreError), match=r"does not answer|bytes instead of")
+    with served(handler) as url, told as caught:
         open_store(url).document(0)
     assert "\n" not in str(caught.value) and time.monotonic() - begin < 30
 
@@ -328,7 +340,7 @@ def test_nobody_there_is_one_line() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/s"
-    with pytest.raises(StoreFormatError, match="cannot be read"):
+    with pytest.raises(ServiceLostError, match=r"does not answer, asked \d+ times .*; is the service up\?"):
         open_store(url)
     for url in ("nothing://x", "s3://"):
         with pytest.raises(StoreFormatError, match=r"is no URL that obstore knows|cannot be read"):

@@ -18,8 +18,11 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
 @click.option(
     "--store",
     multiple=True,
-    help="A store to read; several are asked in order. PATH=SHARE each: the teacher is a mixture of theirs.",
+    help="A store to read, a path or a URL; several are asked in order. PATH=SHARE each: the teacher is a mixture of "
+    "theirs.",
 )
+@click.option("--overlay", help="Where what is fetched from a URL is kept.  [default: the user's cache folder]")
+@click.option("--overlay-gb", type=float, default=20, show_default=True, help="So much is kept there.")
 @click.option(
     "--combine",
     help="Several teachers: label, at each position the one that gave the label more; or column:NAME, with --store "

@@ -63,11 +63,13 @@ def create_app(
         *page_files.routes(),
         *store_files.routes(shelf, access),  # last: it takes every path
     ]
-    return Starlette(
+    app = Starlette(
         routes=every,
         middleware=[Middleware(Limits, is_upload=is_upload, log=log, count=counted.request)],
         exception_handlers={HTTPException: _told, LogitstoreError: _told, Exception: _failed},
     )
+    app.router.redirect_slashes = False  # a file's name is what it is
+    return app
 
 
 def is_upload(path: str) -> bool:

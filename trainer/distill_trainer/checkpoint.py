@@ -51,7 +51,7 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "training.json"
 _KEY = "random_state"
 _FREE = {"out", "quiet", "resume", "save_every", "report_samples", "steps_per_eval", "domain_column", "store"}
-_FREE |= {"project_name", "report_to"}
+_FREE |= {"project_name", "report_to", "overlay", "overlay_gb"}
 """Config fields that may differ; stores are held against each other by content."""
 
 

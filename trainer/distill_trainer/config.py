@@ -27,6 +27,10 @@ class TrainConfig:
     store: tuple[str, ...] = ()
     """Stores to read, in order of lookup; the first is written to by `write_back`. As PATH=SHARE or PATH=VALUE they are
     of several teachers: see `distill_trainer.combine`."""
+    overlay: str | None = None
+    """The folder in which what is fetched from services is kept. None: in the user's cache folder."""
+    overlay_gb: float = 20.0
+    """So much is kept there, of all services together; what was used longest ago goes first."""
     combine: str | None = None
     """Who of several teachers teaches: label, or column:NAME. None: in order, or a mixture where shares are given."""
     teacher: str | None = None

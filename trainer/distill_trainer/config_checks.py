@@ -13,6 +13,7 @@ from logitstore.errors import ConfigError
 from logitstore.measures import require_name
 from logitstore.prompts import read_template
 from logitstore.selection import Selection
+from logitstore.store import is_url
 
 if TYPE_CHECKING:
     from distill_trainer.config import TrainConfig
@@ -363,6 +364,18 @@ def check_misses(config: "TrainConfig") -> None:
         not config.write_back or (bool(config.store) and config.teacher is not None and config.distils),
         "--write-back keeps a teacher's answers in a store; "
         "type --store STORE, --teacher T and an --alpha above 0 with it",
+    )
+    _require(
+        not (config.write_back and config.store and is_url(config.store[0])),
+        "--write-back keeps answers in the first store, and that is a URL; type --store with a path of your own first",
+    )
+    _require(
+        0 < config.overlay_gb < math.inf,
+        f"overlay_gb is {config.overlay_gb}, expected a number above 0; type --overlay-gb 20",
+    )
+    _require(
+        config.overlay is None or any(is_url(path) for path in config.store),
+        "--overlay keeps what is fetched from services, and no --store is a URL; type --store https://HOST:8470/NAME",
     )
 
 

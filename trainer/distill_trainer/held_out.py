@@ -126,7 +126,7 @@ def hold_out(
         return None
     missing = source.missing(sequences) if source else 0
     add = "type `logitstore build` with the held-out dataset to add them"
-    if source and missing and source.on_miss == "error":
+    if source and missing and source.on_miss == "error" and not source.asks_services:
         raise MissingTargetsError(
             f"{missing:,} of {len(sequences):,} held-out documents are not in the store; {add}, --teacher T to ask it "
             "live, or --on-miss hard-only or skip"

@@ -18,25 +18,31 @@ from logitstore.build import open_or_create
 from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.journal import WRITE_BACK
+from logitstore.overlay import default_overlay
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
+from logitstore.served_store import open_served
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from logitstore.vocabulary import vocabulary_of
 
 
-def open_stores(config: TrainConfig) -> Teachers:
+def open_stores(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> Teachers:
     """Open the stores that are there; the first may be begun by the run itself when it writes back.
+
+    Args:
+        say: takes a line of text for the user, where a service does not answer.
 
     Raises:
         StoreError: as `open_store`; stores that differ.
+        ServiceError: as `open_served`.
         ConfigError: a temperature or selection that the stores do not have.
     """
     combination = config.combination
     paths = list(combination.paths)
     if config.write_back and not Path(paths[0]).exists():
         paths.pop(0)
-    stores: list[Store] = [open_store(path) for path in paths]
+    stores = [_open(path, config, say) for path in paths]
     for store in stores:
         manifest = store.manifest
         manifest.require_compatible(replace(manifest, prompt_template=config.teacher_template), store.path)
@@ -58,6 +64,13 @@ def open_stores(config: TrainConfig) -> Teachers:
         combination.require_losses(config.loss_names, teachers.recipe)
         Objective(config, teachers.recipe, combination.named)
     return teachers
+
+
+def _open(path: str, config: TrainConfig, say: Callable[[str], object]) -> Store:
+    if not path.startswith(("http://", "https://")):
+        return open_store(path)
+    overlay = default_overlay() if config.overlay is None else Path(config.overlay).expanduser()
+    return open_served(path, overlay, round(config.overlay_gb * 1e9), say)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Where a document's targets come from: the stores in order, then the live teacher, or nobody.
+"""Where a document's targets come from: the stores in order, services' teachers, the live teacher, or nobody.
 
 A miss is decided and counted position by position, and handled by the run's policy. What the teacher answers goes
 through the same recipe as a build, so it is what the store would have said; with a writer it is kept for the next run.
@@ -19,6 +19,7 @@ from logitstore.key import document_key
 from logitstore.plan import shard_positions
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
+from logitstore.served_store import ServedStore
 from logitstore.targets import SparseTargets
 from logitstore.teacher import Teacher
 
@@ -33,6 +34,8 @@ class Count:
     """Of the misses, those that a live teacher was not asked for, being too far into the document."""
     failed: int = 0
     """Of the misses, those that a live teacher was to answer and did not: lost, or without a number to say."""
+    by_service: int = 0
+    """Of the misses, those that a service's teacher answered."""
     on_policy: int = 0
     """Batches of the student's own completions, whose positions are among these too."""
     generated: int = 0
@@ -71,6 +74,12 @@ class TargetSource:
         self._teacher = None if teacher is None else LiveTeacher(teacher, on_miss, say)
         self._writer = writer
         self._most = max_teacher_length
+        self._services = [s for s in teachers.stores if isinstance(s, ServedStore)] if teachers.in_order else []
+
+    @property
+    def asks_services(self) -> bool:
+        """Whether a service's teacher is asked on a miss, before any other."""
+        return any(service.teaches for service in self._services)
 
     @property
     def asks(self) -> bool:
@@ -109,7 +118,7 @@ class TargetSource:
         lost: dict[int, int] = {}  # document's number -> positions that somebody must answer yet
         for i, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
             answered = sequence.answered(0 if answer is None else len(answer))
-            reach = self._reach(sequence) if self.asks else len(sequence.trained)
+            reach = self._reach(sequence) if self.asks or self._services else len(sequence.trained)
             hits, misses, unasked = (
                 int(sequence.trained[part].sum())
                 for part in (slice(answered), slice(answered, None), slice(max(answered, reach), None))
@@ -117,9 +126,13 @@ class TargetSource:
             count += Count(hits, misses, unasked)
             if misses > unasked:
                 lost[i] = misses - unasked
+        for service in self._services:
+            if lost:
+                count.by_service += self._ask_service(service, sequences, answers, lost, epoch, temperature)
         if lost and self.on_miss == "error":
             raise MissingTargetsError(
-                f"{sequences[next(iter(lost))].where} is not in the store; "
+                f"{sequences[next(iter(lost))].where} is not in the store"
+                f"{', and its service does not answer it' * bool(self._services)}; "
                 "type --teacher T to ask it live, or --on-miss hard-only or skip"
             )
         if lost and self._teacher is not None:
@@ -141,6 +154,30 @@ class TargetSource:
                 if sum(len(record.records) for record in self._writer.pending.values()) >= shard_positions(recipe):
                     self._writer.commit(list(self._writer.pending))
         return [sequence.own(answer) for sequence, answer in zip(sequences, answers, strict=True)], count
+
+    def _ask_service(
+        self,
+        service: ServedStore,
+        sequences: Sequence[TokenSequence],
+        answers: list[SparseTargets | None],
+        lost: dict[int, int],
+        epoch: int,
+        temperature: float | None,
+    ) -> int:
+        """Have a service's teacher answer what is lost, as far as it does; how many positions that were."""
+        before = sum(lost.values())
+        asked = list(lost)
+        for i, record in zip(asked, service.taught([self._live_ids(sequences[i]) for i in asked]), strict=True):
+            stored, sequence = answers[i], sequences[i]
+            if record is None or len(record.records) <= (0 if stored is None else len(stored)):
+                continue
+            live = self.recipe.read(record.records, temperature, epoch)
+            answers[i] = live if stored is None else stored.followed_by(live)
+            rest = slice(sequence.answered(len(live)), self._reach(sequence))
+            lost[i] = int(sequence.trained[rest].sum())
+            if not lost[i]:
+                del lost[i]
+        return before - sum(lost.values())
 
     def close(self) -> None:
         """Make a shard of what was kept."""

@@ -44,12 +44,14 @@ class Teachers:
     no records."""
     of: Callable[[TokenSequence], Answering]
     """Who answers a document."""
+    in_order: bool = False
+    """They are of one teacher, and the first that answers is right."""
 
 
 def in_order(stores: Sequence[Store]) -> Teachers:
     """Stores of one recipe, asked in order."""
     stack = Stack(stores)
-    return Teachers(stores, stores[0].manifest.recipe if stores else None, lambda _: stack)
+    return Teachers(stores, stores[0].manifest.recipe if stores else None, lambda _: stack, in_order=True)
 
 
 class _Several:

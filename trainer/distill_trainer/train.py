@@ -88,7 +88,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         (require_run if config.resume else require_new)(Path(config.out))
     if not among.first:
         config, say = replace(config, quiet=True, report_to=()), lambda _: None
-    teachers = open_stores(config)
+    teachers = open_stores(config, say)
     student = load_student(config)
     report = TokenizeReport()
     sequences = read_both(config, config.dataset, config.split, config.columns, student.tokenizer, report)
@@ -247,7 +247,8 @@ def run_steps(
                 count = sum((each for _, _, each in answered), start=Count())
                 met = sum(cast(int, batch.taught.item()) for batch in batches) if objective.crosses and alpha else 0
                 count, (n, met) = among.total(count, sum(len(batch.rows) for batch in batches), met)
-                answered_rows = count.hits + (count.misses - count.unasked - count.failed) * asks
+                by_teacher = (count.misses - count.unasked - count.failed - count.by_service) * asks
+                answered_rows = count.hits + count.by_service + by_teacher
                 taught = alpha > 0 and (met if objective.crosses else answered_rows) > 0
                 loss, kd_loss, ce_loss, norm = None, None, None, None
                 terms: list[float] = []
@@ -276,6 +277,7 @@ def run_steps(
                     "hits": count.hits,
                     "misses": count.misses,
                     **({"failed": count.failed} if asks else {}),
+                    **({"by_service": count.by_service} if source is not None and source.asks_services else {}),
                     **({"on_policy": count.on_policy, "generated": count.generated} if parts.own else {}),
                     **({"unasked": count.unasked} if config.max_teacher_length else {}),
                     **({"taught": met} if objective.crosses else {}),
@@ -371,6 +373,8 @@ def say_coverage(
     if config.store:
         there = len(sequences) - missing
         on_miss = f"the teacher is asked, {SILENT[config.miss_policy]}" if source.asks else config.miss_policy
+        if source.asks_services:
+            on_miss = f"the service's teacher is asked, else: {on_miss}"
         say(f"{there:,} of {len(sequences):,} documents are in the store, {missing:,} miss; on a miss: {on_miss}")
     else:
         say(f"without a store all of {missing:,} documents miss: the teacher is asked, {SILENT[config.miss_policy]}")
@@ -380,7 +384,7 @@ def say_coverage(
             f"{beyond:,} trained positions lie beyond the first {config.max_teacher_length:,} tokens that the teacher "
             f"reads: they are {DONE.get(config.miss_policy, DONE['hard-only'])}"
         )
-    if missing and config.miss_policy == "error":
+    if missing and config.miss_policy == "error" and not source.asks_services:
         raise MissingTargetsError(
             f"{missing:,} of {len(sequences):,} documents are not in the store (is --max-seq-length "
             f"{config.max_seq_length} the --max-length that it was built with?); "

@@ -1,0 +1,68 @@
+"""A store's files behind http(s)://: a `logitstore serve`, or any web server that gives files by their names.
+
+Read only. A file is fetched whole, since its digest is held against all of it before a value is used. What is written
+once is kept in memory while there is room; what may be replaced, as the index, is asked for each time.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Set
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstore.files import WRITE_ONCE, CannotList
+from logitstore.service_client import ServiceClient
+
+KEPT_BYTES = 512 << 20
+KEPT = (WRITE_ONCE, "vocabulary/")
+
+
+class HttpFiles:
+    """The files below a URL. Safe for several threads. What the network or its server does raises `ServiceError`.
+
+    Args:
+        lists: it is a service, which tells what shards there are; else nothing is listed.
+    """
+
+    def __init__(self, client: ServiceClient, *, lists: bool) -> None:
+        self.client = client
+        self._lists = lists
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """See `files.Files`."""
+        if not name.startswith(KEPT):
+            return self.client.read(name, start, stop)
+        with self._lock:
+            data = self._kept.pop(name, None)
+            if data is None:
+                data = self.client.read(name)
+            self._kept[name] = data
+            while sum(map(len, self._kept.values())) > KEPT_BYTES and len(self._kept) > 1:
+                self._kept.popitem(last=False)
+        return data[start:stop]
+
+    def size(self, name: str) -> int:
+        """See `files.Files`."""
+        kept = self._kept.get(name)
+        return len(kept) if kept is not None else self.client.size(name)
+
+    def mapped(self, name: str) -> npt.NDArray[np.uint8]:
+        """See `files.Files`."""
+        return np.frombuffer(self.read(name), np.uint8)
+
+    def names(self, folder: str = "") -> list[str]:
+        """See `files.Files`."""
+        raise self._cannot_list(folder)
+
+    def folders(self, folder: str, known: Set[str] = frozenset()) -> set[str]:
+        """See `files.Files`."""
+        del known
+        if not self._lists or folder != "shards":
+            raise self._cannot_list(folder)
+        return set(self.client.shards())
+
+    def _cannot_list(self, folder: str) -> CannotList:
+        return CannotList(f"{self.client.url}/{folder} cannot be listed: HTTP has no folders")

@@ -1,0 +1,260 @@
+"""A store behind a service, as a run reads it: what was fetched is on this machine, what is missing may be taught.
+
+Asked in this order: what the service's teacher answered before, the shards that were fetched, those that the service
+has, its teacher. A service that does not answer costs one bounded wait; from then on what lies here is all there is,
+until it is tried again some minutes later.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from logitstore.codec import Codes
+from logitstore.contract import Writer
+from logitstore.errors import ServiceError, ServiceLostError, StoreWriteError
+from logitstore.http_files import HttpFiles
+from logitstore.manifest import Manifest
+from logitstore.mirror import Mirror
+from logitstore.overlay import STORE, TAUGHT, folder_of
+from logitstore.recipe import DocumentRecord
+from logitstore.sealed import GROUP
+from logitstore.service_client import ServiceClient
+from logitstore.stack import Stack
+from logitstore.store import create_store, open_store
+from logitstore.targets import SparseTargets
+from logitstore.vocabulary import Vocabulary
+from logitstore.wire import Kind
+from logitstore.zarr_store import ZarrStore
+
+PATIENCE_S = 120.0
+AWAY_S, PROBED_S = 300.0, 5.0
+"""A service that did not answer is left alone for so long, and then tried for so long."""
+
+T = TypeVar("T")
+
+
+def open_served(
+    url: str, overlay: Path, most_bytes: int, say: Callable[[str], object] = lambda _: None
+) -> "ServedStore":
+    """Open a store behind http(s)://, or what was fetched of it while it does not answer.
+
+    Args:
+        overlay: the folder in which what is fetched is kept.
+        most_bytes: so much of it, of all URLs together.
+        say: takes a line of text for the user.
+
+    Raises:
+        ServiceError: it refuses; or it does not answer, and nothing was fetched.
+        StoreError: what is served is no store, or another one than before.
+        StoreWriteError: the overlay cannot be written.
+    """
+    client = ServiceClient(url)
+    folder = folder_of(overlay, client.url)
+    try:
+        facts = client.facts()
+        remote = HttpFiles(client, lists=facts is not None)
+        mirror = Mirror(remote, folder, most_bytes)
+    except ServiceLostError as error:
+        if not (folder / STORE / GROUP).exists():
+            raise
+        say(f"{error}; going on with what was fetched into {folder}")
+        facts, mirror = None, Mirror(None, folder, most_bytes)
+        remote = HttpFiles(client, lists=True)
+    client.patience_s = PATIENCE_S
+    return ServedStore(client, remote, mirror, teaches=bool(facts and facts.get("teaches") is True), say=say)
+
+
+class ServedStore:
+    """See `contract.Store`. Open it with `open_served`."""
+
+    def __init__(
+        self,
+        client: ServiceClient,
+        remote: HttpFiles,
+        mirror: Mirror,
+        *,
+        teaches: bool,
+        say: Callable[[str], object],
+    ) -> None:
+        self.path = client.url
+        self.teaches = teaches
+        """Whether its teacher is asked for what is missing."""
+        self.mirror = mirror
+        self._client, self._remote, self._say = client, remote, say
+        self._away_until = 0.0 if mirror.remote is not None else time.monotonic() + AWAY_S
+        self._fetched = ZarrStore(mirror, client.url)
+        path = mirror.folder / TAUGHT
+        self._taught = open_store(path) if path.exists() else None
+
+    @property
+    def manifest(self) -> Manifest:
+        """See `contract.Store`."""
+        return self._fetched.manifest
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """See `contract.Store`."""
+        return self._fetched.vocabulary
+
+    @property
+    def fidelity(self) -> dict[str, Any] | None:
+        """See `contract.Store`."""
+        return self._reading(lambda: self._fetched.fidelity)
+
+    def __len__(self) -> int:
+        """How many documents the service's store holds, as far as is known."""
+        return len(self._fetched)
+
+    def __contains__(self, key: object) -> bool:
+        """See `contract.Store`."""
+        return (self._taught is not None and key in self._taught) or self._reading(lambda: key in self._fetched)
+
+    @property
+    def positions(self) -> int:
+        """How many positions the service's store holds, as far as is known."""
+        return self._fetched.positions
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of what was fetched."""
+        return self._fetched.disk_bytes
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards the service's store has, as far as is known."""
+        return self._fetched.shard_count
+
+    def plane_bytes(self) -> dict[str, int]:
+        """The bytes of what was fetched, apart for each kind of content."""
+        return self._fetched.plane_bytes()
+
+    def save_fidelity(self, fidelity: dict[str, Any]) -> None:
+        """See `contract.Store`; the service's to say, so this raises StoreWriteError."""
+        del fidelity
+        raise self._only_read()
+
+    def writer(self, name: str) -> Writer:
+        """See `contract.Store`; the service writes by itself, so this raises StoreWriteError."""
+        del name
+        raise self._only_read()
+
+    def digest(self) -> str:
+        """The store's fingerprint: what it holds grows while it teaches."""
+        return self.manifest.fingerprint
+
+    def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
+        """See `contract.Store`."""
+        ids = np.asarray(token_ids)
+        return self._reading(lambda: self._stack.get(ids, temperature, replica))
+
+    def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
+        """See `contract.Store`."""
+        return self._reading(lambda: self._stack.answered(token_ids))
+
+    def codes(
+        self, documents: Sequence[npt.NDArray[np.integer]], temperature: float | None = None, replica: int = 0
+    ) -> list[Codes | None]:
+        """See `contract.Store`."""
+        found = self._reading(lambda: self._fetched.codes(documents, temperature, replica))
+        if self._taught is not None:
+            for i, (codes, document) in enumerate(zip(found, documents, strict=True)):
+                if (0 if codes is None else len(codes.tail)) < self._taught.answered(document):
+                    found[i] = self._taught.codes([document], temperature, replica)[0]
+        return found
+
+    def document(
+        self, number: int, temperature: float | None = None, replica: int = 0
+    ) -> tuple[npt.NDArray[np.int32], SparseTargets]:
+        """See `contract.Store`."""
+        return self._reading(lambda: self._fetched.document(number, temperature, replica))
+
+    def token_ids(self, number: int) -> npt.NDArray[np.int32]:
+        """See `contract.Store`."""
+        return self._reading(lambda: self._fetched.token_ids(number))
+
+    def record(self, number: int) -> DocumentRecord:
+        """See `contract.Store`."""
+        return self._reading(lambda: self._fetched.record(number))
+
+    def refresh(self) -> None:
+        """See `contract.Store`."""
+        self._reading(self._fetched.refresh)
+
+    def taught(self, documents: Sequence[npt.NDArray[np.int32]]) -> list[DocumentRecord | None]:
+        """Ask the service, whose teacher computes what its store lacks; what it answers is kept here.
+
+        Returns:
+            For each document what is said of it, or of its first tokens; None where nothing is.
+
+        Raises:
+            StoreWriteError: the overlay cannot be written.
+        """
+        found: list[DocumentRecord | None] = [None] * len(documents)
+        if not (self.teaches and self._is_there()):
+            return found
+        refused = set()
+        try:
+            for answer in self._client.ask(documents, self.manifest.recipe, self.manifest.fingerprint):
+                found[answer.document] = answer.record
+                if answer.kind in (Kind.FAILED, Kind.MISSING):
+                    refused.add(answer.reason)
+        except ServiceError as error:
+            self._leave(error)
+        for reason in sorted(refused):
+            self._say(f"{self.path} does not answer a document: {reason}")
+        self._keep([record for record in found if record is not None])
+        return found
+
+    def _only_read(self) -> StoreWriteError:
+        return StoreWriteError(f"{self.path} can only be read; type a path of your own")
+
+    @property
+    def _stack(self) -> Stack:
+        return Stack([store for store in (self._taught, self._fetched) if store is not None])
+
+    def _keep(self, records: Sequence[DocumentRecord]) -> None:
+        if not records:
+            return
+        if self._taught is None:
+            self._taught = create_store(self.mirror.folder / TAUGHT, self.manifest, self.vocabulary)
+        with self._taught.writer(f"taught-{os.getpid()}") as writer:
+            writer.append([record for record in records if record.key not in writer])
+
+    def _reading(self, read: Callable[[], T]) -> T:
+        """Read; where the service is needed for that and does not answer, from what lies here."""
+        self._is_there()
+        try:
+            return read()
+        except ServiceError as error:
+            self._leave(error)
+            return read()
+
+    def _is_there(self) -> bool:
+        """Whether the service is asked; one that was away is tried again after some time."""
+        if self.mirror.remote is None and time.monotonic() > self._away_until:
+            self._client.patience_s = PROBED_S
+            try:
+                facts = self._client.facts()
+                self.mirror.remote = self._remote
+                self.teaches = bool(facts and facts.get("teaches") is True)
+                self._fetched.refresh()
+                self._say(f"{self.path} answers again")
+            except ServiceError:
+                self._away()
+            self._client.patience_s = PATIENCE_S
+        return self.mirror.remote is not None
+
+    def _leave(self, error: ServiceError) -> None:
+        if self.mirror.remote is not None:
+            self._say(f"{error}; going on with what was fetched, and asking again in {AWAY_S / 60:.0f} minutes")
+            self._away()
+
+    def _away(self) -> None:
+        self.mirror.remote = None
+        self._away_until = time.monotonic() + AWAY_S
+        self._fetched.refresh()
