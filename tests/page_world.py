@@ -1,24 +1,18 @@
-"""What the page is shown: small stores, one of them hostile, behind the real service, and a real Chromium to look."""
+"""What the page is shown: small stores with hostile texts; and a real Chromium that looks at it."""
 
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import monotonic, sleep
+from threading import Event
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from logitstore.manifest import Manifest
-from logitstore.recipe import DocumentRecord
-from logitstore.service.access import Access
-from logitstore.service.app import create_app
-from logitstore.service.shelf import Shelf
-from logitstore.service.tokens import TokenFile
+from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.vocabulary import Vocabulary
 from logitstore.zarr_store import ZarrStore
 from tests.stores import VOCAB, guessed, manifest
@@ -83,22 +77,20 @@ def record(token_ids: Any, made: Manifest) -> DocumentRecord:
     return guessed(token_ids, made.recipe, np.random.default_rng(7))
 
 
-@contextmanager
-def serving(*places: Path, tokens: Path | None = None) -> Iterator[str]:
-    """The service's address while it runs, on a thread of its own."""
-    app = create_app(Shelf(places), None, Access(None if tokens is None else TokenFile(tokens)))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False, lifespan="off", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        deadline = monotonic() + 20
-        while not server.started:
-            assert thread.is_alive() and monotonic() < deadline
-            sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+class Guesser:
+    """A teacher that guesses, once it may."""
+
+    vocab_size = VOCAB
+
+    def __init__(self) -> None:
+        self.may = Event()
+
+    def manifest(self, recipe: Recipe) -> Manifest:
+        return replace(page_manifest(str(recipe.selection)), recipe=recipe)
+
+    def records(self, documents: Sequence[Any], recipe: Recipe) -> list[DocumentRecord]:
+        assert self.may.wait(30)
+        return [record(token_ids, self.manifest(recipe)) for token_ids in documents]
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from logitstore.stats import to_json
 from logitstore.store_stats import of_store
 from logitstore.vocabulary import Vocabulary
 from logitstore.zarr_store import ZarrStore
-from tests.page_world import LENGTHS, page_manifest, page_store, page_tokens, page_vocabulary, record, serving
+from tests.page_world import LENGTHS, page_manifest, page_store, page_tokens, page_vocabulary, record
+from tests.served import serving
 from tests.stores import VOCAB, VOCABULARY, guessed, manifest, records, shard_folder, small_store, tokens
 
 SELECTIONS = ("threshold:8", "top-k:6", "random:9", "top-p:0.9:12")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 
 from logitstore.service.page_files import FOLDER
 from logitstore.service.tokens import new_token
-from tests.page_world import HOSTILE, Watched, chromium, page_store, page_tokens, serving
+from tests.page_world import HOSTILE, Guesser, Watched, chromium, page_store, page_tokens
+from tests.served import serving
 
 TEACHER = '<img src=x onerror="window.harmed = 1">\u202e'
 VIEWS = {
@@ -155,6 +157,31 @@ def test_hit_rates_follow_without_a_reload(watched: Watched, base: str) -> None:
     page.clock.run_for(6000)
     card.get_by_text("Last hour: 1 hit and 0 misses").wait_for()
     assert "100 %" in card.inner_text() and "100 %" not in before
+
+
+def test_who_teaches_and_what_waits_is_shown_as_it_changes(browser: Any, tmp_path: Path) -> None:
+    page_store(tmp_path / "s" / "taught.zarr", "top-k:4", lengths=(20,))
+    page_store(tmp_path / "s" / "other.zarr", "top-k:4", lengths=(20,), weights_digest="b" * 32)
+    teacher, missing = Guesser(), {"documents": [page_tokens(31).tolist()]}
+    with serving(tmp_path / "s", teacher=lambda: teacher) as base, ThreadPoolExecutor() as pool:
+        watched = Watched(browser, base)
+        watched.page.clock.install()
+        page = watched.open("#/")
+        asked = pool.submit(httpx2.post, f"{base}/v1/stores/taught/targets", json=missing, timeout=60)
+        for text in ("1 document, 31 tokens in the queue", "nothing in the queue"):
+            shown = page.locator(".card", has_text="taught").get_by_text(f"The teacher is ready · {text}")
+            for _ in range(40):
+                page.clock.run_for(5000)
+                if shown.count():
+                    break
+            shown.wait_for()
+            teacher.may.set()
+        assert asked.result().status_code == 200
+        httpx2.post(f"{base}/v1/stores/other/targets", json=missing, timeout=60)  # which shows whose teacher it is
+        page.clock.run_for(5000)
+        page.locator(".card", has_text="other").get_by_text("The teacher is another's").wait_for()
+        assert watched.complaints == []
+        watched.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -125,23 +125,20 @@ export function numbers(store) {
   ];
 }
 
-const STATES = {
-  ready: ["teaches", "The teacher is ready"],
-  loading: ["waits", "The teacher is loading"],
-  lost: ["lost", "The teacher is gone"],
-};
-
+/** Who answers what a store lacks, and how much waits for it. */
 function teaching(store) {
-  if (store.error) return [h("span", { class: "dot lost", "aria-hidden": "true" }), "Damaged"];
-  const [dot, words] = (store.teaches && STATES[store.teacher_state]) || [
-    "none",
-    "Nobody teaches; what it lacks stays a miss",
-  ];
-  const queue =
-    store.teaches && store.queue?.documents
-      ? ` · ${plural(store.queue.documents, "document")}, ${plural(store.queue.tokens, "token")} in the queue`
-      : store.teaches
-        ? " · nothing in the queue"
-        : "";
-  return [h("span", { class: `dot ${dot}`, "aria-hidden": "true" }), words + queue];
+  const [dot, words] = teacher(store);
+  const { documents = 0, tokens = 0 } = store.queue ?? {};
+  const waiting = documents
+    ? `${plural(documents, "document")}, ${plural(tokens, "token")} in the queue`
+    : "nothing in the queue";
+  return [h("span", { class: `dot ${dot}`, "aria-hidden": "true" }), store.teaches ? `${words} · ${waiting}` : words];
+}
+
+function teacher(store) {
+  if (store.error) return ["lost", "Damaged"];
+  if (store.teacher_state === "none") return ["none", "Nobody teaches; what it lacks stays a miss"];
+  if (store.teacher_state === "lost") return ["lost", "The teacher is gone; what it lacks stays a miss"];
+  if (!store.teaches) return ["none", "The teacher is another's; what it lacks stays a miss"];
+  return store.teacher_state === "ready" ? ["teaches", "The teacher is ready"] : ["waits", "The teacher is loading"];
 }
