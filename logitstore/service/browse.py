@@ -11,8 +11,10 @@ locks a document at a time.
 import difflib
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from threading import Lock
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -33,6 +35,8 @@ from logitstore.service.scan import Scan
 from logitstore.service.shelf import Served, Shelf
 from logitstore.stats import to_json
 
+MOST_SCANS = 8
+"""Stores of which measures and texts are kept, the last used ones."""
 MOST_LISTED = 200
 """Documents of one answer."""
 MOST_ASKED = 1000
@@ -41,13 +45,18 @@ MOST_ASKED = 1000
 
 def routes(shelf: Shelf, access: Access) -> list[Route]:
     """What is answered here, of the stores of a shelf."""
-    scans: dict[str, Scan] = {}
+    scans: OrderedDict[str, Scan] = OrderedDict()
+    using = Lock()
 
     def scan_of(served: Served) -> Scan:
-        scan = scans.get(served.name)
-        if scan is None or scan.served is not served:
-            scan = scans[served.name] = Scan(served)
-        return scan
+        with using:
+            scan = scans.pop(served.name, None)
+            if scan is None or scan.served is not served:  # deleted, and another put in its place
+                scan = Scan(served)
+            scans[served.name] = scan
+            while len(scans) > MOST_SCANS:
+                scans.popitem(last=False)
+            return scan
 
     def stats(served: Served, request: Request) -> dict[str, Any]:
         _require_names(request.query_params, ())

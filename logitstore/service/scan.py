@@ -23,7 +23,7 @@ from logitstore.vocabulary import Vocabulary
 
 MOST_DOCUMENTS = 1 << 20
 """Of a store, those that come first; 48 bytes each."""
-MOST_TEXT_BYTES = 64 << 20
+MOST_TEXT_BYTES = 32 << 20
 """Of a store's documents, as many as come first have their texts kept, to be searched."""
 READ_S = 0.4
 """How long a request reads on."""
