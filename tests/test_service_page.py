@@ -224,6 +224,8 @@ def test_texts_of_a_store_are_shown_and_do_nothing(watched: Watched) -> None:
     shown = page.locator(".text").inner_text()
     assert all(token.decode() in shown for token in HOSTILE[:3])
     assert "‹202E›evil‹2066›" in shown and "·😀" in shown and "‹0000›‹001B›[31m" in shown and "\u202e" not in shown
+    assert "Position 0" in watched.open("#/first/1").locator(".panel").inner_text()  # of two tokens
+    page = watched.open("#/first/0?t=3")
     for row in range(12):
         page.get_by_role("slider", name="Position").fill(str(row))
     assert page.locator("img, main script, iframe").count() == 0

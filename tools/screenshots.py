@@ -79,7 +79,7 @@ def serving(places: list[Path]) -> Iterator[str]:
 
 
 def png(rgba: bytes) -> bytes:
-    """Pixels RGBA [HEIGHT, WIDTH, 4] as an opaque PNG: rows without a filter, as which letters on plain ground pack best."""
+    """Pixels RGBA [HEIGHT, WIDTH, 4] as an opaque PNG, its rows unfiltered: so letters on plain ground pack best."""
     rgb = bytearray(HEIGHT * WIDTH * 3)
     for channel in range(3):
         rgb[channel::3] = rgba[channel::4]

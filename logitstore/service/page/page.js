@@ -49,8 +49,9 @@ async function show() {
     await draw(view);
   } catch (error) {
     if (error.name === "AbortError" || signal.aborted) return;
-    if (!(error instanceof Refused)) throw error;
-    refused(error);
+    if (error instanceof Refused) return refused(error);
+    refused(new Refused(0, "The page met something that it does not know how to show."));
+    throw error;
   } finally {
     if (!signal.aborted) main.removeAttribute("aria-busy");
   }

@@ -102,7 +102,7 @@ const temperatures = (some) => (some.length === 1 && some[0] === 1 ? "" : ` at t
 /** What matters most of a store: [name, value, remark]. */
 export function numbers(store) {
   const fidelity = store.fidelity;
-  const angle = fidelity?.angles?.at(-1);
+  const angle = Array.isArray(fidelity?.angles) ? fidelity.angles.at(-1) : undefined;
   return [
     ["documents", count(store.documents)],
     ["tokens", count(store.positions)],

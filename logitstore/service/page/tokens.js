@@ -73,6 +73,7 @@ export function walk(answer, label, paint, tell) {
   nodes.forEach((node, i) => {
     node.dataset.i = i;
     if (i) paint(node, i - 1);
+    else if (!answer.start) node.classList.add("first"); // nothing foretells it
   });
   const last = nodes.length - 2;
   let [at, over] = [0, null];
