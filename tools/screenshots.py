@@ -6,6 +6,7 @@ demo's teacher and from a student of it that lost a layer: about four minutes on
 
 import argparse
 import base64
+import json
 import shutil
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import sleep
 from typing import Any
+from urllib.request import urlopen
 
 import uvicorn
 from playwright.sync_api import sync_playwright
@@ -91,14 +93,24 @@ def png(rgba: bytes) -> bytes:
     )
 
 
+def telling(base: str, store: str, number: int) -> int:
+    """A position whose label is a candidate, and not the first one."""
+    with urlopen(f"{base}/v1/stores/{store}/documents/{number}") as answer:
+        found = json.load(answer)
+    rows = range(40, len(found["ids"]))
+    at = (t for t in rows if found["head"][t] > 4 and found["token_ids"][t + 1] in found["ids"][t][1:4])
+    return next(at, 40)
+
+
 def take(browser: Any, base: str, names: list[str], out: Path) -> None:
     """One picture a view, the comparison in the dark."""
     first, other = names
+    t = telling(base, first, 4)
     views = {
         "stores": ("#/", "light", None),
         "store": (f"#/{first}?sort=nll&descending=true", "light", None),
-        "document": (f"#/{first}/4?t=60", "light", ".reading"),
-        "comparison": (f"#/{first}/4/compare/{other}?t=61", "dark", ".reading"),
+        "document": (f"#/{first}/4?t={t}", "light", ".reading"),
+        "comparison": (f"#/{first}/4/compare/{other}?t={t}", "dark", ".reading"),
     }
     for name, (address, scheme, top) in views.items():
         context = browser.new_context(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)

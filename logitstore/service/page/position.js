@@ -101,9 +101,9 @@ export function describe(answer, row) {
       h("div", null, h("dt", null, "entropy"), h("dd", null, nats(answer.entropy[row]))),
       drawn ? null : h("div", null, h("dt", null, "tail mass"), h("dd", null, percent(answer.tail_mass[row]))),
     ),
+    ...group("What followed is not kept", missing),
     ...group(drawn ? "Drawn, by how often" : "Head: kept exactly", head),
     ...group(`Tail: ${count(tail.length)} sampled, standing for ${percent(answer.tail_mass[row])} together`, tail),
-    ...group("Not kept", missing),
     more > 0 ? h("p", { class: "remark" }, `${count(more)} more are kept and not shown.`) : null,
   ].filter(Boolean);
 }
