@@ -135,7 +135,7 @@ export function hitRate(history) {
     "div",
     { class: "rate" },
     described(svg, "Hit rate over the last hour", text),
-    h("p", { class: "muted" }, `Last hour: ${text}.`),
+    h("p", { class: "muted" }, `Last hour: ${text}. Hits are filled, misses outlined.`),
     h(
       "details",
       null,
