@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from logitstore.stored_index import FOLDER
 from logitstore.zarr_store import ZarrStore
 
 JOBS = 4
+SHOWN_S = 0.2
 LOST = (StoreLostError, ServiceLostError)
 
 
@@ -278,17 +279,30 @@ class _Moving:
         self._source, self._destination, self._received, self._update = source, destination, received, update
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._left: Counter[str] = Counter()
-        self.sent_bytes = 0
+        self.sent_bytes = self._shown = 0
 
     def run(self, parts: list[Part], jobs: int) -> None:
         """Move them all, or raise the first error."""
         self._left.update({part.name: max(1, len(part.files)) for part in parts})
         pool = ThreadPoolExecutor(jobs)
         futures: list[Future[None]] = []
+        failed = threading.Event()
+        left = threading.Semaphore(0)
+
+        def ended(future: Future[None]) -> None:
+            if future.cancelled() or future.exception() is not None:
+                failed.set()
+            left.release()
+
         try:
             for part in parts:
-                futures += [pool.submit(self._file, part, file) for file in (part.files or {"": {}})]
-            wait(futures, return_when=FIRST_EXCEPTION)
+                for file in part.files or {"": {}}:
+                    futures.append(pool.submit(self._file, part, file))
+                    futures[-1].add_done_callback(ended)
+            waiting = len(futures)
+            while waiting and not failed.is_set():
+                waiting -= left.acquire(timeout=SHOWN_S)
+                self._show()
         except BaseException:
             self._stop.set()
             raise
@@ -358,7 +372,12 @@ class _Moving:
     def _count(self, size: int) -> None:
         with self._lock:
             self.sent_bytes += size
-            self._update(size)
+
+    def _show(self) -> None:
+        """Move the bar on: in the thread that made it, for tqdm's locks do not outlive a Ctrl-C in another."""
+        new = self.sent_bytes - self._shown
+        self._shown += new
+        self._update(new)
 
 
 @contextmanager
