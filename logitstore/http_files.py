@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore.files import WRITE_ONCE, CannotList
+from logitstore.sealed import GROUP, MOST_JSON_BYTES
 from logitstore.service_client import ServiceClient
 
 KEPT_BYTES = 512 << 20
@@ -38,7 +39,8 @@ class HttpFiles:
         with self._lock:
             data = self._kept.pop(name, None)
             if data is None:
-                data = self.client.read(name)
+                most = MOST_JSON_BYTES + 1 if name.endswith(GROUP) else None  # what is longer is no such file
+                data = self.client.read(name, 0, most)
             self._kept[name] = data
             while sum(map(len, self._kept.values())) > KEPT_BYTES and len(self._kept) > 1:
                 self._kept.popitem(last=False)

@@ -137,13 +137,67 @@ class ServiceClient:
             with self.answer("GET", self.file_url(name), headers=headers, besides={416}) as response:
                 if response.status_code == 416:
                     return b""
-                data = b"".join(bounded(response))
-                return data[start:stop] if ranged and response.status_code == 200 else data
+                whole = response.status_code == 200
+                most = None if stop is None else stop if whole else stop - start
+                data = b"".join(_first(bounded(response), most))
+                return data[start:stop] if ranged and whole else data
 
         try:
             return self.again(once, name)
         except NotThereError:
             raise FileNotFoundError(2, "no such file", f"{self.url}/{name}") from None
+
+    def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes start .. stop - 1 of a file of the store in pieces, as they come; fewer where it ends before.
+
+        What is cut is asked for again from there on.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ServiceLostError, ServiceError: as for `read`.
+        """
+        waits, at = self._waits(name), start
+        while True:
+            before = at
+            try:
+                headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={at}-"} if at else {})
+                with self.answer("GET", self.file_url(name), headers=headers) as response:
+                    begin = at if response.status_code == 206 else 0
+                    if begin and not response.headers.get("content-range", "").startswith(f"bytes {at}-"):
+                        raise WireError(f"{name} is sent from another byte on than was asked for")
+                    for piece in response.iter_bytes():
+                        wanted = piece[max(at - begin, 0) : max(stop - begin, 0)]
+                        begin += len(piece)
+                        at += len(wanted)
+                        yield wanted
+                        if at >= stop:
+                            return
+                    return
+            except NotThereError:
+                raise FileNotFoundError(2, "no such file", f"{self.url}/{name}") from None
+            except (httpx2.TransportError, httpx2.DecodingError, RefusedError) as error:
+                if isinstance(error, RefusedError) and error.status not in AGAIN:
+                    raise
+                if at > before:
+                    waits = self._waits(name)  # it goes on: patience begins anew
+                waits(error)
+
+    def put(self, url: str, pieces: Iterator[bytes]) -> None:
+        """Send a body, once. What the pieces raise goes through.
+
+        Raises:
+            ServiceLostError: no answer; the service may have taken a part of it.
+            RefusedError, ServiceError: as their names say.
+        """
+        try:
+            with self.answer("PUT", url, pieces) as response:
+                for _ in bounded(response, MOST_ERROR_BYTES):
+                    pass
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            raise ServiceLostError(
+                f"{self.url} has broken off ({type(error).__name__}); what has arrived is kept, type the same command "
+                "again"
+            ) from error
 
     def size(self, name: str) -> int:
         """Bytes of a file of the store.
@@ -289,6 +343,16 @@ def bounded(response: httpx2.Response, most: int | None = None) -> Iterator[byte
         if most is not None and taken > most:
             raise WireError(f"an answer of more than {most:,} bytes")
         yield piece
+
+
+def _first(pieces: Iterator[bytes], most: int | None) -> Iterator[bytes]:
+    """Pieces of so many bytes, or some more; what follows is not read."""
+    taken = 0
+    for piece in pieces:
+        yield piece
+        taken += len(piece)
+        if most is not None and taken >= most:
+            return
 
 
 def _refusal(url: str, response: httpx2.Response) -> RefusedError:

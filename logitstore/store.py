@@ -51,6 +51,10 @@ def _remote_files(url: str) -> Files:
 
         client = ServiceClient(url)
         return HttpFiles(client, lists=client.facts() is not None)
+    if url.startswith("hf://"):
+        from logitstore.hub import hub_source
+
+        return hub_source(url).files
     from logitstore.remote_files import RemoteFiles
 
     return RemoteFiles(url)

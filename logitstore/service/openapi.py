@@ -35,6 +35,7 @@ def routes() -> list[Route]:
 def openapi() -> dict[str, Any]:
     """The document, OpenAPI 3.1."""
     store = _parameter("name", "path", TEXT | {"pattern": f"^{NAME.pattern}$"}, "A store's name.")
+    part = _parameter("part", "path", TEXT, "root, fidelity, map-F, or a shard's name; for POST also index.")
     some_json = _json({"type": "object"})
     targets = {
         "type": "object",
@@ -106,6 +107,25 @@ def openapi() -> dict[str, Any]:
                 *(400, 404, 408, 409, 413, 422, 429, 503, 507),
                 body=targets,
             ),
+        },
+        "/v1/stores/{name}/parts": {
+            "parameters": [store],
+            "get": _operation("Its parts, each with the digest of its zarr.json.", some_json, 404, 503),
+        },
+        "/v1/stores/{name}/uploads/{part}": {
+            "parameters": [store, part],
+            "get": _operation("What has arrived of a part.", some_json, 404, 503),
+            "post": _operation("Check a part and show it; 422 names files to be sent again.", some_json, 404, 422, 507),
+        },
+        "/v1/stores/{name}/uploads/{part}/{file}": {
+            "parameters": [
+                store,
+                part,
+                _parameter("file", "path", TEXT, "zarr.json first, then the files that it names."),
+                _parameter("offset", "query", COUNT, "How much of the file has arrived; 409 says where that is."),
+            ],
+            "put": _operation("Bytes of a file, from an offset on.", some_json, 400, 404, 408, 409, 413, 422, 507)
+            | {"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
         },
         "/{name}/{path}": {
             "parameters": [store, _parameter("path", "path", TEXT, "A file of the store, as FORMAT.md has it.")],
