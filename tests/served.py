@@ -23,9 +23,16 @@ def serving(
     read_only: bool = False,
     queue_tokens: int = 1 << 18,
     log: Callable[[str], object] = lambda _: None,
+    desks: list[Desk] | None = None,
 ) -> Iterator[str]:
-    """Its URL."""
+    """Its URL.
+
+    Args:
+        desks: takes its desk.
+    """
     desk = None if teacher is None else Desk(teacher, queue_tokens, log)
+    if desks is not None and desk is not None:
+        desks.append(desk)
     access = Access(None if tokens is None else TokenFile(tokens), read_only=read_only)
     app = create_app(Shelf(places), desk, access, log)
     with running(app) as url:
