@@ -30,7 +30,9 @@ def test_the_file_holds_the_sha256_of_the_secret_and_only_its_owner_reads_it(pat
 def test_a_token_opens_what_it_was_made_for_and_nothing_else(path: Path) -> None:
     grant = TokenFile(path).grant(token) if (token := new_token(path, "ada", ["teach", "read"], ["a"])) else None
     assert grant is not None and grant.scopes == ("read", "teach")
-    allowed = [(scope, store) for scope in ("read", "write", "teach") for store in ("a", "b") if grant.allows(scope, store)]
+    allowed = [
+        (scope, store) for scope in ("read", "write", "teach") for store in ("a", "b") if grant.allows(scope, store)
+    ]
     assert allowed == [("read", "a"), ("teach", "a")]
 
 

@@ -53,6 +53,20 @@ class Served:
         self._looked = time.monotonic()
         self._facts: tuple[float, dict[str, Any]] | None = None
 
+    def is_there(self) -> bool:
+        """Whether what lies at its path is still what was opened: neither deleted nor replaced."""
+        try:
+            stat = self.path.stat()
+            if stat.st_ino != self.stat.st_ino:
+                return False
+            return (
+                stat.st_mtime_ns == self.stat.st_mtime_ns
+                if self.path.is_file()
+                else read_group(self.files) == self.root
+            )
+        except (OSError, LogitstoreError):
+            return False
+
     @property
     def writable(self) -> bool:
         """Whether it is a folder, which can be added to."""
@@ -137,7 +151,7 @@ class Shelf:
             raise UnknownStoreError(f"there is no store {name!r} here; GET /v1/stores lists what there is")
         with self._lock:
             served = self._open.get(name)
-            if served is not None and not _same(served, path):
+            if served is not None and not (served.path == path and served.is_there()):
                 served = None  # deleted, and another put in its place
             if served is None:
                 served = self._open[name] = Served(name, path)
@@ -188,16 +202,3 @@ def require_name(name: str, path: object) -> None:
             f"{path} would be served as /{name}, expected letters, digits, - . and _, and none of "
             f"{', '.join(sorted(RESERVED))}; rename it"
         )
-
-
-def _same(served: Served, path: Path) -> bool:
-    """Whether what lies there is still what was opened."""
-    try:
-        stat = path.stat()
-        if (served.path, served.stat.st_ino) != (path, stat.st_ino):
-            return False
-        return (
-            stat.st_mtime_ns == served.stat.st_mtime_ns if path.is_file() else read_group(served.files) == served.root
-        )
-    except (OSError, LogitstoreError):
-        return False
