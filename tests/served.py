@@ -10,6 +10,7 @@ import uvicorn
 
 from logitstore.service.access import Access
 from logitstore.service.app import create_app
+from logitstore.service.connections import UVICORN
 from logitstore.service.desk import Answering, Desk
 from logitstore.service.shelf import Shelf
 from logitstore.service.tokens import TokenFile
@@ -49,7 +50,7 @@ def serving(
 def running(app: object) -> Iterator[str]:
     """Any ASGI application on a port of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=2)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, timeout_graceful_shutdown=2, **UVICORN)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -342,6 +342,8 @@ class Desk:
                 writer.store.save_index()
             except (StoreError, OSError) as error:
                 self._say(f"{served.name}: {error}")
+                if isinstance(error, CorruptStoreError):  # seen through files that were open before it was mended
+                    self._close(served)
 
     def _close(self, served: Served) -> None:
         """Let go of a store; what it has been taught and is in no shard stays in its journal."""

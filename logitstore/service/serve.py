@@ -15,6 +15,7 @@ from logitstore.files import LocalFiles
 from logitstore.journal import commit_leftovers
 from logitstore.service.access import Access
 from logitstore.service.app import create_app
+from logitstore.service.connections import UVICORN
 from logitstore.service.desk import WRITERS, Answering, Desk
 from logitstore.service.shelf import Shelf
 from logitstore.service.tokens import TokenFile
@@ -109,17 +110,19 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
                 port=config.port,
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
-                log_level="error",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                lifespan="off",
                 limit_concurrency=MOST_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=STOPPED_S,
+                **UVICORN,
             )
         )
         server.config.load()
+    except OSError as error:  # an SSLError is one
+        raise ConfigError(
+            f"{config.tls_cert} and {config.tls_key} cannot be used ({error.strerror or error}); type --tls-cert and "
+            "--tls-key with a certificate and its key, PEM"
+        ) from error
+    try:
         sockets = [_bind(config)]
     except OSError as error:
         raise ConfigError(

@@ -78,10 +78,11 @@ def answer(shelf: Shelf, name: str, path: str, request: Request, shared: str) ->
         "Content-Type": "application/json" if parts[-1] == GROUP else "application/octet-stream",
     }
     try:
-        if file.etag in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if file.etag in known or known == ["*"]:
             return _closing(file, Response(status_code=304, headers=headers))
         start, stop, status = 0, file.size, 200
-        asked = request.headers.get("range", "")
+        asked = request.headers.get("range", "") if request.method == "GET" else ""
         if asked and request.headers.get("if-range", file.etag) == file.etag:
             found = part_of(asked, file.size)
             if found is not None:
