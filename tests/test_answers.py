@@ -46,7 +46,7 @@ def frames(content: bytes) -> dict[int, bytes]:
     while at < len(content):
         document, kind, size = struct.unpack_from("<IBI", content, at)
         at += 9 + 16 + size
-        if kind == Kind.TAUGHT:
+        if kind in (Kind.HIT, Kind.TAUGHT):  # by now the store may have it
             found[document] = content[at - size : at]
     return found
 
