@@ -14,7 +14,7 @@ from logitstore.service import limits
 
 
 class Connection(H11Protocol):
-    """One connection; requests find in their scope how to end it at once."""
+    """One connection; requests find it in their scope."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
@@ -32,7 +32,7 @@ class Connection(H11Protocol):
     async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._timer.cancel()
         self._answering += 1
-        scope[limits.ABORT] = self.transport.abort
+        scope[limits.TRANSPORT] = self.transport
         try:
             await self._answer(scope, receive, send)
         finally:

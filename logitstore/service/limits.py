@@ -21,8 +21,8 @@ MOST_BODY_BYTES = 2 << 20
 """As many tokens as may be asked for at once take half of it; the worst of this size unfolds to 50 MB."""
 SILENT_S = 60.0
 """So long a client may send or take nothing."""
-ABORT = "logitstore.abort"
-"""Where a scope has the function that ends its connection; a client that takes nothing would never see it closed."""
+TRANSPORT = "logitstore.transport"
+"""Where a scope has its connection, for an answer that cannot be ended as it was begun."""
 SHOWN = 200
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -96,8 +96,9 @@ class Limits:
             await self.app(scope, bounded_receive, bounded_send)
         except StalledError:
             fault = " stalled"
-            scope.get(ABORT, lambda: None)()
-            await asyncio.sleep(0)
+            if TRANSPORT in scope:
+                scope[TRANSPORT].abort()  # closing waits until the client has taken what was written
+                await asyncio.sleep(0)
         except ClientDisconnect:
             fault = " gone"
         except Exception as error:  # its text may quote a document, so the log has its type alone
@@ -106,6 +107,8 @@ class Limits:
                 with suppress(StalledError):
                     told = {"error": f"the service failed: {type(error).__name__}; its log says more"}
                     await JSONResponse(told, 503)(scope, receive, bounded_send)
+            elif TRANSPORT in scope:
+                scope[TRANSPORT].close()  # so that the client sees that it was cut
         finally:
             elapsed_s = time.monotonic() - started
             self._count(scope["method"], status, elapsed_s)

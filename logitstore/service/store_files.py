@@ -27,7 +27,7 @@ from logitstore.service.shelf import Served, Shelf
 PIECE = 1 << 18
 WRITE_ONCE = ("shards", "vocabulary")
 FOR_GOOD, ASK_AGAIN = "max-age=31536000, immutable", "no-cache"
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 
 @dataclass
@@ -56,7 +56,8 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
         name = request.path_params["name"]
         access.require(request, "read", name)
         shared = "public" if access.tokens is None else "private"
-        return await run_in_threadpool(answer, shelf, name, request.path_params["path"], request, shared)
+        path = request.scope["path"].partition(f"/{name}/")[2]  # the route's own match leaves out a newline at the end
+        return await run_in_threadpool(answer, shelf, name, path, request, shared)
 
     return [Route("/{name}/{path:path}", get, methods=["GET", "HEAD"])]
 
