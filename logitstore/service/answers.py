@@ -6,7 +6,7 @@ a sign of life in between. A shard that turns out to be damaged is put aside, an
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +102,9 @@ class _Place:
 class _Held(StreamingResponse):
     """An answer that holds its place until what is known is sent, or its client has gone."""
 
-    def __init__(self, place: _Place, frames: AsyncIterator[bytes]) -> None:
+    def __init__(self, place: _Place, frames: AsyncGenerator[bytes, None]) -> None:
         super().__init__(frames, media_type=MEDIA_TYPE)
-        self._place = place
+        self._place, self._frames = place, frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -112,6 +112,7 @@ class _Held(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._place.free()
+            await self._frames.aclose()  # else what it holds stays until the next collection
 
 
 def read_request(body: bytes, served: Served) -> Asked:
@@ -207,7 +208,7 @@ async def _frames(
     waited: "dict[asyncio.Future[DocumentRecord], list[int]]",
     refusal: str,
     place: _Place,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Answers as bytes: first what is known, then the others as they come."""
     recipe = served.store.manifest.recipe
     asked = {i for documents in waited.values() for i in documents}

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from logitstore.entries import read_entry
 from logitstore.errors import CorruptStoreError
@@ -92,7 +93,7 @@ def answer(shelf: Shelf, name: str, path: str, request: Request, shared: str) ->
         headers["Content-Length"] = str(stop - start)
         if request.method == "HEAD":
             return _closing(file, Response(status_code=status, headers=headers))
-        return StreamingResponse(_pieces(file, start, stop), status, headers)
+        return _Sent(file, start, stop, status, headers)
     except BaseException:
         file.close()
         raise
@@ -179,15 +180,27 @@ def _etag(served: Served, parts: list[str], version: str) -> str:
     return f'"{file_digest(version.encode())}"'
 
 
+class _Sent(StreamingResponse):
+    """A part of a file, which is closed when it is sent, or its client has gone."""
+
+    def __init__(self, file: OpenFile, start: int, stop: int, status: int, headers: dict[str, str]) -> None:
+        super().__init__(_pieces(file, start, stop), status, headers)
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._file.close()
+
+
 async def _pieces(file: OpenFile, start: int, stop: int) -> AsyncIterator[bytes]:
-    try:
-        for at in range(start, stop, PIECE):
-            piece = await run_in_threadpool(file.read, at, min(at + PIECE, stop))
-            if not piece:
-                return  # it was cut meanwhile: so is the answer, and the client sees that it is short
-            yield piece
-    finally:
-        file.close()
+    for at in range(start, stop, PIECE):
+        piece = await run_in_threadpool(file.read, at, min(at + PIECE, stop))
+        if not piece:
+            return  # it was cut meanwhile: so is the answer, and the client sees that it is short
+        yield piece
 
 
 def _closing(file: OpenFile, response: Response) -> Response:
