@@ -22,7 +22,8 @@ from logitstore.zarr_store import ZarrStore
 SUFFIXES = (".zarr", ".zip")
 RESERVED = frozenset({"v1", "page", "docs", "health", "ready", "metrics", "openapi.json"})
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-FACTS_S = 10.0
+FACTS_S, FACTS_SHARE = 10.0, 20
+"""What a store says of itself is so many seconds old at most, or so many times what it takes to say it."""
 LOOKED_S = 1.0
 """A store's shards are looked at again after so long, and before a document is called a miss."""
 
@@ -41,6 +42,7 @@ class Served:
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         self.lock = threading.RLock()
+        self._telling = threading.Lock()
         self.reopen()
         self.root = read_group(self.files)
         """The bytes of its `zarr.json`: another store has others."""
@@ -89,15 +91,26 @@ class Served:
             yield self.store
 
     def facts(self) -> dict[str, Any]:
-        """What `logitstore info` says of it, at most some seconds old: all of its files are looked at for this.
+        """What `logitstore info` says of it, at most some seconds old: all of its files are looked at for this, by one
+        thread at a time, while others read the store.
 
         Raises:
             StoreError: it is gone, or damaged.
         """
-        with self.reading() as store:
-            if self._facts is None or time.monotonic() - self._facts[0] > FACTS_S:
-                self._facts = time.monotonic(), info(store)
-            return self._facts[1]
+        known = self._facts
+        if not self._telling.acquire(blocking=known is None):
+            assert known is not None
+            return known[1]
+        try:
+            known = self._facts  # of another thread, which was waited for
+            if known is None or time.monotonic() > known[0]:
+                began = time.monotonic()
+                found = info(ZarrStore(files_of(self.path), self.path))
+                now = time.monotonic()
+                self._facts = known = now + max(FACTS_S, FACTS_SHARE * (now - began)), found
+            return known[1]
+        finally:
+            self._telling.release()
 
 
 class Shelf:
@@ -137,7 +150,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """What is there now."""
-        return sorted(self._places())
+        return sorted(self._places_now())
 
     def get(self, name: str) -> Served:
         """A store by its name, open.
@@ -146,7 +159,7 @@ class Shelf:
             UnknownStoreError: there is none.
             StoreError: it is damaged.
         """
-        path = self._places().get(name)
+        path = self._places_now().get(name)
         if path is None:
             raise UnknownStoreError(f"there is no store {name!r} here; GET /v1/stores lists what there is")
         with self._lock:
@@ -156,6 +169,14 @@ class Shelf:
             if served is None:
                 served = self._open[name] = Served(name, path)
         return served
+
+    def _places_now(self) -> dict[str, Path]:
+        """Where the stores are; what is gone is let go of."""
+        places = self._places()
+        with self._lock:
+            for name in self._open.keys() - places.keys():
+                del self._open[name]
+        return places
 
     def _places(self, *, strict: bool = False) -> dict[str, Path]:
         """Where the stores are; what has an unusable name is an error if `strict`, later it is no store."""
