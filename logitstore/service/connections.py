@@ -48,7 +48,7 @@ UVICORN: dict[str, Any] = {
     "http": Connection,
     "ws": "none",
     "lifespan": "off",
-    "log_level": "error",
+    "log_level": "critical",  # `limits` tells of faults, in a line and without what was asked
     "access_log": False,
     "server_header": False,
     "proxy_headers": False,

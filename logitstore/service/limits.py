@@ -101,6 +101,9 @@ class Limits:
                 await asyncio.sleep(0)
         except ClientDisconnect:
             fault = " gone"
+        except asyncio.CancelledError:
+            fault = " stopped"
+            raise
         except Exception as error:  # its text may quote a document, so the log has its type alone
             fault = f" {_named(error)}"
             if not status:
