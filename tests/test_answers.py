@@ -1,11 +1,14 @@
 """Targets over HTTP: every document once however many ask, hostile bodies refused, and never a 500."""
 
+import asyncio
+import gc
 import json
 import shutil
 import socket
 import struct
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -374,3 +377,20 @@ def test_no_line_of_the_log_has_a_token_a_query_or_a_document(
     assert found.kind == Kind.FAILED and len(log) >= 4
     assert token.split("_", 2)[2] not in text and "4711" not in text
     assert str(secret_ids.tolist())[1:-1] not in text and token.split("_")[1] in text
+
+
+def test_what_was_asked_and_answered_is_not_kept_in_memory(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "IDLE_S", 0.02)
+
+    def futures() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Future | asyncio.Future) for thing in gc.get_objects())
+
+    with serving(path, teacher=Guessing()) as url:
+        counts = []
+        for number in range(3):
+            for at in range(0, 60, 20):
+                ask(url, missing(20, 5000 + 100 * number + at))
+            until(lambda: not list(path.glob(".journal-*")) or not (path / ".journal-service-0").stat().st_size)
+            counts.append(futures())
+    assert counts[2] <= counts[1] + 10

@@ -355,3 +355,17 @@ def test_a_damaged_shard_beside_it_does_not_keep_a_batch_from_being_answered(ser
     with working(Guessing()) as desk:
         found = of(asked(desk, served, [known, *documents(2)]))
     assert [isinstance(record, DocumentRecord) for record in found] == [False, True, True]
+
+
+def test_the_index_is_not_written_again_for_every_shard(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.01)
+    written: list[int] = []
+    save = ZarrStore.save_index
+    monkeypatch.setattr(ZarrStore, "save_index", lambda store: written.append(store.shard_count) or save(store))
+    with working(Guessing()) as desk:
+        for number in range(40):
+            of(asked(desk, served, documents(1, 6000 + number)))
+            until(lambda: not desk._writers[served].pending)
+    store = open_store(served.path)
+    assert isinstance(store, ZarrStore) and store.catalog.index is not None
+    assert len(store.catalog.index.shards) == 42 and len(written) < 33

@@ -37,8 +37,11 @@ from logitstore.zarr_store import ZarrStore
 TokenIds = npt.NDArray[np.int32]
 BATCH_TOKENS = 2048
 """Padded tokens in one teacher batch, or one document."""
-IDLE_S = 5.0
-"""What was taught becomes a shard when nobody has asked for so long, or there is enough of it."""
+IDLE_S = 30.0
+"""What was taught becomes a shard when nobody has asked for so long, or there is enough of it: between the steps of a
+training run that asks for a few documents at a time, no shard of a few documents each is made."""
+INDEX_SHARE = 16
+"""The index is written again when one in so many shards is not in it: that reads the documents of all."""
 WRITERS = 16
 """So many services at once may keep answers in one store."""
 RATE_WEIGHT = 0.3
@@ -339,7 +342,9 @@ class Desk:
             try:
                 with alone_in(served.path):  # so that two services do not write the same documents
                     writer.commit(list(writer.pending))
-                writer.store.save_index()
+                index, shards = writer.store.catalog.index, writer.store.shard_count
+                if INDEX_SHARE * (shards - (len(index.shards) if index else 0)) >= shards:
+                    writer.store.save_index()
             except (StoreError, OSError) as error:
                 self._say(f"{served.name}: {error}")
                 if isinstance(error, CorruptStoreError):  # seen through files that were open before it was mended
