@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from logitstore.service.desk import CannotKeepError, CannotTeachError, Desk, Que
 from logitstore.service.serve import take_over
 from logitstore.service.shelf import Served, Shelf
 from logitstore.store import open_store
+from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
 from tests.children import forked
 from tests.guessing import Guessing, asked, at_once, bytes_of, handles, until
@@ -369,3 +371,40 @@ def test_the_index_is_not_written_again_for_every_shard(served: Served, monkeypa
     store = open_store(served.path)
     assert isinstance(store, ZarrStore) and store.catalog.index is not None
     assert len(store.catalog.index.shards) == 42 and len(written) < 33
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 700 KB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "none", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_disk_that_is_really_full_loses_nothing_that_was_told(small_disk: Path, monkeypatch: Any) -> None:
+    small_store(small_disk / "s.zarr")
+    ballast = small_disk / "ballast"
+    served, told, refused = Shelf([small_disk]).get("s"), list[Any](), list[Any]()
+    monkeypatch.setattr(module, "IDLE_S", 0.05)
+    with working(Guessing()) as desk:
+        for number in range(200):
+            (document,) = documents(1, 6000 + number, 200)
+            (found,) = of(asked(desk, served, [document]))
+            (told if isinstance(found, DocumentRecord) else refused).append(document)
+            if number == 3:
+                ballast.write_bytes(bytes(200 << 10))
+            if len(refused) == 5:
+                break
+        assert len(told) > 4 and len(refused) == 5
+        assert all(isinstance(f, CannotKeepError) for f in of(asked(desk, served, refused)))
+        ballast.unlink()
+        assert isinstance(of(asked(desk, served, refused[:1]))[0], DocumentRecord)
+    store = open_store(served.path)
+    assert all(store.answer(document) is not None for document in [*told, refused[0]])
+    assert not verify(served.path, quiet=True).problems
