@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,19 @@ def test_two_processes_on_one_store_end_with_every_document_once(world: World, t
     store = open_store(path)
     held = sum(len(store.shard(name).keys) for name in store.shard_names)  # type: ignore[attr-defined]
     assert held == len(store) == before + 30
+
+
+def test_it_serves_more_connections_than_a_shell_gives_files(tmp_path: Path) -> None:
+    small_store(tmp_path / "s.zarr")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # which the process begins with
+    try:
+        running = served(tmp_path / "s.zarr", *ON_LOOPBACK)
+        _, url = running.__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with ExitStack() as stack:
+        stack.push(running)
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))))
+        assert httpx2.get(f"{url}/s/zarr.json", timeout=10).status_code == 200

@@ -172,3 +172,51 @@ def test_stores_that_come_and_go_leave_nothing_open(tmp_path: Path) -> None:
             before = handles()
     shelf.names()
     assert handles() <= before + 2 and len(shelf._open) <= 1
+
+
+def test_a_store_that_takes_long_to_open_keeps_nobody_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        small_store(tmp_path / f"{name}.zarr")
+    shelf, begun, goes_on = Shelf([tmp_path]), threading.Event(), threading.Event()
+    reopen, opened = Served.reopen, list[str]()
+
+    def slow(served: Served) -> None:
+        opened.append(served.name)
+        if served.name == "a":
+            begun.set()
+            assert goes_on.wait(20)
+        reopen(served)
+
+    monkeypatch.setattr(Served, "reopen", slow)
+    asks = [threading.Thread(target=shelf.get, args=("a",)) for _ in range(3)]
+    for thread in asks:
+        thread.start()
+    assert begun.wait(20)
+    assert len(shelf.get("b").store) == 6
+    goes_on.set()
+    for thread in asks:
+        thread.join(20)
+    assert sorted(opened) == ["a", "b"]
+
+
+def test_many_stores_do_not_keep_all_their_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_WITH_FILES", 2)
+    for number in range(12):
+        small_store(tmp_path / f"{number}.zarr", shards=1)
+    shelf, before = Shelf([tmp_path]), handles()
+    for _ in range(2):
+        for number in range(12):
+            with shelf.get(str(number)).reading() as store:
+                assert store.answer(tokens(0, 7)) is not None
+    assert handles() - before < 4 * 12
+
+
+def test_looking_at_every_store_lists_their_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(9):
+        small_store(tmp_path / f"{number}.zarr", shards=1)
+    shelf, listed, iterdir = Shelf([tmp_path]), list[Path](), Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: listed.append(path) or iterdir(path))
+    assert [shelf.get(name).name for name in shelf.names()] == [str(n) for n in range(9)]
+    assert listed.count(tmp_path) == 1

@@ -1,6 +1,7 @@
 """`logitstore serve`: stores, and perhaps their teacher, behind HTTP until it is stopped."""
 
 import ipaddress
+import resource
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from logitstore.service.tokens import TokenFile
 from logitstore.zarr_store import ZarrStore
 
 MOST_CONNECTIONS = 1000
+MOST_FILES = 8192
 STOPPED_S = 10
 """So long, when it is stopped, for requests that are being answered."""
 KEEP_ALIVE_S = 30
@@ -128,6 +130,7 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
         raise ConfigError(
             f"{config.host}:{config.port} cannot be listened to ({error.strerror}); type another --port, or --host"
         ) from error
+    allow_files()
     scheme = "http" if config.tls_cert is None else "https"
     port = sockets[0].getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -148,6 +151,15 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
     finally:
         if desk is not None:
             desk.stop()
+
+
+def allow_files() -> None:
+    """Take as many open files as the system gives: each connection is one, and shells give 256 or 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # a system that gives fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def take_over(shelf: Shelf) -> None:

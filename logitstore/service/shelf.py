@@ -7,13 +7,14 @@ built or removed meanwhile is there or gone without a restart.
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from logitstore.errors import ConfigError, LogitstoreError, StoreNotFoundError
-from logitstore.files import Files
+from logitstore.files import Files, LocalFiles
 from logitstore.info import info
 from logitstore.sealed import GROUP, read_group
 from logitstore.store import files_of, is_lmdb_store
@@ -26,6 +27,10 @@ FACTS_S, FACTS_SHARE = 10.0, 20
 """What a store says of itself is so many seconds old at most, or so many times what it takes to say it."""
 LOOKED_S = 1.0
 """A store's shards are looked at again after so long, and before a document is called a miss."""
+
+
+MOST_WITH_FILES = 16
+"""Stores of which files are kept open, the last used ones."""
 
 
 class UnknownStoreError(StoreNotFoundError):
@@ -126,7 +131,9 @@ class Shelf:
 
     def __init__(self, places: Sequence[Path]) -> None:
         self._lock = threading.Lock()
-        self._open: dict[str, Served] = {}
+        self._opening: dict[str, threading.Lock] = {}
+        self._open: OrderedDict[str, Served] = OrderedDict()
+        self._seen: tuple[float, dict[str, Path]] = (-LOOKED_S, {})
         self._stores: dict[str, Path] = {}
         self._folders: list[Path] = []
         for place in places:
@@ -150,7 +157,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """What is there now."""
-        return sorted(self._places_now())
+        return sorted(self._places_now(fresh=True))
 
     def get(self, name: str) -> Served:
         """A store by its name, open.
@@ -160,19 +167,31 @@ class Shelf:
             StoreError: it is damaged.
         """
         path = self._places_now().get(name)
+        if path is None or not path.exists():
+            path = self._places_now(fresh=True).get(name)
         if path is None:
             raise UnknownStoreError(f"there is no store {name!r} here; GET /v1/stores lists what there is")
         with self._lock:
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:  # others go on with other stores
             served = self._open.get(name)
-            if served is not None and not (served.path == path and served.is_there()):
-                served = None  # deleted, and another put in its place
-            if served is None:
-                served = self._open[name] = Served(name, path)
+            if served is None or served.path != path or not served.is_there():  # or another was put in its place
+                served = Served(name, path)
+        with self._lock:
+            self._open[name] = served
+            self._open.move_to_end(name)
+            for idle in list(self._open.values())[:-MOST_WITH_FILES]:
+                if isinstance(idle.files, LocalFiles):
+                    idle.files.close()  # which a read opens again
         return served
 
-    def _places_now(self) -> dict[str, Path]:
-        """Where the stores are; what is gone is let go of."""
+    def _places_now(self, *, fresh: bool = False) -> dict[str, Path]:
+        """Where the stores are, or were a moment ago; what is gone is let go of."""
+        looked, places = self._seen
+        if not fresh and time.monotonic() - looked < LOOKED_S:
+            return places
         places = self._places()
+        self._seen = time.monotonic(), places
         with self._lock:
             for name in self._open.keys() - places.keys():
                 del self._open[name]
