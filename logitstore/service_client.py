@@ -37,7 +37,6 @@ MOST_JSON_BYTES, MOST_ERROR_BYTES = 8 << 20, 1 << 16
 MOST_DOCUMENTS, MOST_TOKENS = 64, 1 << 15
 """Documents and their tokens that are asked for in one request; a longer document is not asked for."""
 MOST_REASON = 500
-PIECE = 1 << 16
 SHARD = re.compile("[0-9a-f]{16}")
 IDENTITY = {"Accept-Encoding": "identity"}
 """Of files: what was cut can only go on where the bytes that are sent are the file's own."""
@@ -168,7 +167,7 @@ class ServiceClient:
                     known = at if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
                     if not known and at and not response.headers.get("content-range", "").startswith(f"bytes {at}-"):
                         raise WireError(f"{name} of {self.url} is sent from another byte on than was asked for")
-                    for piece in response.iter_bytes(PIECE):
+                    for piece in response.iter_bytes():
                         fresh = piece[known : None if stop is None else known + stop - at]
                         known = max(known - len(piece), 0)
                         at += len(fresh)
@@ -253,7 +252,7 @@ class ServiceClient:
         rows = [documents[number].tolist() for number in numbers]
         body = json.dumps({"documents": rows, "fingerprint": fingerprint, "teach": teach}).encode()
         with self.answer("POST", f"{self.api}/targets", body) as response:
-            for answer in read_answers(response.iter_bytes(PIECE), list(documents.values()), recipe):
+            for answer in read_answers(response.iter_bytes(), list(documents.values()), recipe):
                 yield Answer(numbers[answer.document], answer.kind, answer.record, answer.reason)
 
     @contextmanager
@@ -338,7 +337,7 @@ def bounded(response: httpx2.Response, most: int) -> Iterator[bytes]:
         WireError: it is longer.
     """
     taken = 0
-    for piece in response.iter_bytes(PIECE):
+    for piece in response.iter_bytes():
         taken += len(piece)
         if taken > most:
             raise WireError(f"an answer of more than {most:,} bytes")
