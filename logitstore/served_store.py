@@ -60,20 +60,24 @@ def open_served(
     """
     client = ServiceClient(url)
     client.silent_s = min(client.silent_s, IMPATIENCE_S)
-    folder = folder_of(overlay, client.url)
-    remove_left(overlay)
     try:
-        facts = client.facts()
-        remote = HttpFiles(client, lists=facts is not None)
-        mirror = Mirror(remote, folder, most_bytes)
-    except ServiceLostError as error:
-        if not (folder / STORE / GROUP).exists():
-            raise
-        say(f"{error}; going on with what was fetched into {folder}")
-        facts, mirror = None, Mirror(None, folder, most_bytes)
+        folder = folder_of(overlay, client.url)
+        remove_left(overlay)
         remote = HttpFiles(client, lists=True)
-    client.patience_s, client.silent_s = PATIENCE_S, SILENT_S
-    return ServedStore(client, remote, mirror, teaches=bool(facts and facts.get("teaches") is True), say=say)
+        try:
+            facts = client.facts()
+            remote = HttpFiles(client, lists=facts is not None)
+            mirror = Mirror(remote, folder, most_bytes)
+        except ServiceLostError as error:
+            if not (folder / STORE / GROUP).exists():
+                raise
+            say(f"{error}; going on with what was fetched into {folder}")
+            facts, mirror = None, Mirror(None, folder, most_bytes)
+        client.patience_s, client.silent_s = PATIENCE_S, SILENT_S
+        return ServedStore(client, remote, mirror, teaches=bool(facts and facts.get("teaches") is True), say=say)
+    except BaseException:
+        client.close()
+        raise
 
 
 class ServedStore:

@@ -59,7 +59,11 @@ def _remote_files(url: str) -> Files:
         from logitstore.service_client import ServiceClient
 
         client = ServiceClient(url)
-        return HttpFiles(client, lists=client.facts() is not None)
+        try:
+            return HttpFiles(client, lists=client.facts() is not None)
+        except BaseException:
+            client.close()
+            raise
     from logitstore.remote_files import RemoteFiles
 
     return RemoteFiles(url)

@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from logitstore.errors import ConfigError, ServiceError, ServiceLostError, WireError
-from logitstore.service.tokens import new_token, revoke_token
+from logitstore.service.tokens import new_token, read_grants, revoke_token
 from logitstore.service_client import ServiceClient
 from logitstore.store import open_store
 from logitstore.wire import MOST_WAITS, Answer, Kind
@@ -42,8 +43,8 @@ def store(tmp_path: Path) -> ZarrStore:
 
 @pytest.fixture
 def service(store: ZarrStore) -> Iterator[tuple[Proxy, ServiceClient]]:
-    with serving(store.folder) as url, proxied(url) as (proxy, near):
-        yield proxy, ServiceClient(f"{near}/s")
+    with serving(store.folder) as url, proxied(url) as (proxy, near), closing(ServiceClient(f"{near}/s")) as client:
+        yield proxy, client
 
 
 def shard_file(store: ZarrStore) -> tuple[str, bytes]:
@@ -140,15 +141,18 @@ def test_a_refusal_is_one_line_with_what_to_type(
     other, own = (new_token(tokens, "n", ("read",), stores) for stores in (("other",), ("s",)))
     with serving(store.folder, tokens=tokens) as url:
         for token, expected in (("", "401: .*LOGITSTORE_TOKEN"), ("x", "401: .*LOGITSTORE_TOKEN"), (other, "403: ")):
-            with pytest.raises(ServiceError, match=expected) as caught:
-                ServiceClient(f"{url}/s", token).facts()
+            with (
+                closing(ServiceClient(f"{url}/s", token)) as client,
+                pytest.raises(ServiceError, match=expected) as caught,
+            ):
+                client.facts()
             assert "\n" not in str(caught.value) and not (token and token in str(caught.value))
         monkeypatch.setenv("LOGITSTORE_TOKEN", own)
-        client = ServiceClient(f"{url}/s")
-        assert client.facts() is not None
-        revoke_token(tokens, own.split("_")[1] if "_" in own else own.split(".")[0])
-        with pytest.raises(ServiceError, match="401: "):
-            client.read("zarr.json")
+        with closing(ServiceClient(f"{url}/s")) as client:
+            assert client.facts() is not None
+            revoke_token(tokens, read_grants(tokens)[1].id)
+            with pytest.raises(ServiceError, match="401: "):
+                client.read("zarr.json")
     monkeypatch.setenv("LOGITSTORE_TOKEN", "a\nb")
     with pytest.raises(ConfigError, match="LOGITSTORE_TOKEN is no token"):
         ServiceClient("http://h/s")
