@@ -165,6 +165,8 @@ def remove(path: Path) -> bool:
     try:
         with alone_in(path.parent):
             path.rename(hidden)
+            if path.name == TAUGHT:  # a new file must not meet those who have this one open in the same lock
+                path.with_name(f"{TAUGHT}-lock").unlink(missing_ok=True)
         _delete(hidden)
     except FileNotFoundError:
         return False

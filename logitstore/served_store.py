@@ -8,6 +8,7 @@ damaged here is fetched again.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -16,8 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore.codec import Codes
-from logitstore.contract import Writer
-from logitstore.errors import CorruptStoreError, ServiceError, ServiceLostError, StoreError, StoreWriteError
+from logitstore.contract import Store, Writer
+from logitstore.errors import (
+    CorruptStoreError,
+    ServiceError,
+    ServiceLostError,
+    StoreError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
 from logitstore.http_files import HttpFiles
 from logitstore.manifest import Manifest
 from logitstore.mirror import Mirror
@@ -102,7 +110,9 @@ class ServedStore:
         self._said: set[str] = set()
         self._fetched = self._reading(lambda: ZarrStore(mirror, client.url))
         self._path = mirror.folder / TAUGHT
-        self._taught = open_store(self._path) if self._path.exists() else None
+        self._taught: Store | None = None
+        with suppress(StoreNotFoundError):
+            self._taught = open_store(self._path)
 
     def close(self) -> None:
         """Close its connections."""
@@ -244,10 +254,16 @@ class ServedStore:
     def _keep(self, records: Sequence[DocumentRecord]) -> None:
         if not records:
             return
-        if self._taught is None:
-            self._taught = create_store(self._path, self.manifest, self.vocabulary)
-        with self._taught.writer(f"run-{uuid4().hex}") as writer:
-            writer.append([record for record in records if record.key not in writer])
+        for last in (False, True):
+            if self._taught is None or not self._path.exists():  # another process may have trimmed it
+                self._taught = create_store(self._path, self.manifest, self.vocabulary)
+            try:
+                with self._taught.writer(f"run-{uuid4().hex}") as writer:
+                    writer.append([record for record in records if record.key not in writer])
+                return
+            except StoreWriteError:
+                if last or self._path.exists():
+                    raise
 
     def _reading(self, read: Callable[[], T]) -> T:
         """Read; where the service is needed for that and does not answer, or something is damaged here, once more."""
@@ -259,6 +275,8 @@ class ServedStore:
             self._leave(error)
             return read()
         except CorruptStoreError as error:
+            if self.mirror.remote is not None:
+                self.mirror.attach(self._remote)  # raises where it has become another store
             gone = self.mirror.mend()
             if gone:
                 fault = str(error).partition(";")[0]

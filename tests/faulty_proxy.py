@@ -74,7 +74,7 @@ class Proxy:
                             time.sleep(self.slow_s)
                         if fault is not None and fault.kind == "close":
                             return
-                        if fault is not None and fault.kind == "answer" and method != b"{":
+                        if fault is not None and fault.kind == "answer" and not data.startswith(b"{"):
                             client.sendall(fault.answer)
                         elif fault is None or fault.kind not in ("stall", "answer"):
                             service.sendall(data)
