@@ -4,7 +4,7 @@ Documents are numbered through the index's shards in their order, then through t
 Stands between the files of a `ZarrStore` and whoever asks it for a document.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +188,17 @@ class Catalog:
                 break
             number += 1
         return number
+
+    def visible(self, number: int) -> int:
+        """The reverse of `unhidden`."""
+        return number - bisect_left(self._twice, number)
+
+    def numbers(self) -> dict[str, npt.NDArray[np.int64]]:
+        """For each shard the numbers of its documents among the different ones; -1 where an earlier one is the same."""
+        every = np.arange(self._starts[-1])
+        numbers = every - np.searchsorted(np.array(self._twice, np.int64), every)
+        numbers[self._twice] = -1
+        return dict(zip(self.names, np.split(numbers, self._starts[1:-1]), strict=True)) if self.names else {}
 
     def _key_tables(self) -> list[Table]:
         """Hashes of whole documents."""

@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from logitstore.errors import ConfigError
 from logitstore.measures import Measures, require_name
@@ -18,7 +19,7 @@ from logitstore.measures import Measures, require_name
 TEACHER_CORRECT = "teacher-correct"
 SHARE = 0.5
 """Of a document's positions: at least so many labels are the teacher's likeliest token."""
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
+_COMPARE: dict[str, Callable[[Any, float], Any]] = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
@@ -64,7 +65,11 @@ class Condition:
 
     def holds(self, measures: Measures) -> bool:
         """Whether a document fulfils it."""
-        return _COMPARE[self.operator](measures.value(self.name), self.number)
+        return bool(self.compare(measures.value(self.name)))
+
+    def compare(self, values: Any) -> Any:
+        """The same of the measure's values: a number, or an array of one for each document."""
+        return _COMPARE[self.operator](values, self.number)
 
 
 def _number(text: str) -> float | None:

@@ -115,9 +115,20 @@ def read_entry(files: Files, folder: str) -> ShardEntry:
     """
     path = f"{folder}/{GROUP}"
     try:
-        entry = ShardEntry(**unseal_group(read_group(files, folder), path))
+        data = read_group(files, folder)
     except OSError as error:
         raise damaged(path, f"cannot be read ({error.strerror or error})") from error
+    return entry_of(data, path)
+
+
+def entry_of(data: bytes, path: object) -> ShardEntry:
+    """What the bytes of a shard's `zarr.json` say.
+
+    Raises:
+        CorruptStoreError: they are damaged.
+    """
+    try:
+        entry = ShardEntry(**unseal_group(data, path))
     except TypeError as error:
         raise damaged(path, f"says what no logitstore writes ({first_line(error)})") from error
     counts = (entry.documents, entry.positions)

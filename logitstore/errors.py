@@ -15,6 +15,7 @@
         ├── StoreFormatError      a store of a newer format, or not a store at all
         ├── CorruptStoreError     bytes that differ from those that were written
         ├── IncompatibleStoreError  built by another teacher, tokenizer or selection
+        ├── StoreLostError        a store behind a URL that answers no more
         └── StoreWriteError       full disk, no permission, another writer
 
 A message says what was found, what was expected and what to type next. The commands print it on one line and exit with
@@ -84,6 +85,10 @@ class CorruptStoreError(StoreError):
 
 class IncompatibleStoreError(StoreError):
     """The store was made by something else than what was asked for."""
+
+
+class StoreLostError(StoreError):
+    """A store behind a URL answers no more."""
 
 
 class StoreWriteError(StoreError):

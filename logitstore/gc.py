@@ -17,6 +17,8 @@ from pathlib import Path
 from logitstore.contract import Store
 from logitstore.durable import alone_in, cannot_write
 from logitstore.errors import ConfigError
+from logitstore.incoming import FOLDER as INCOMING
+from logitstore.incoming import LOCK, age_s
 from logitstore.journal import journals, open_locked, payloads, unpack_documents
 from logitstore.store import open_store
 from logitstore.stored_index import FOLDER
@@ -99,6 +101,10 @@ def _folder(store: ZarrStore, folder: Path, take: Take) -> None:
     with alone_in(folder):  # so no index is being written
         for left in sorted(folder.glob(".partial-*")):
             take(left, "an index or a vocabulary map that a killed writer had not finished")
+    incoming = folder / INCOMING
+    if incoming.exists():
+        moving = lambda: "" if age_s(incoming) > SETTLED_S else "a store is being moved here"  # noqa: E731
+        take(incoming, "parts that a stopped pull or upload has left", incoming / LOCK, moving)
     for left in sorted((folder / "fidelity").glob(".partial-*")):
         if time.time() - left.stat().st_mtime > SETTLED_S:
             take(left, "a measurement that a killed writer had not finished")

@@ -8,6 +8,8 @@ from logitstore.contract import Store
 from logitstore.errors import ConfigError
 
 SHOWN = 6
+NO_TOKEN = "<no token {}>"
+"""The LM head may be wider than the tokenizer, and every id may be drawn."""
 LINE = "{:>5}  {:<18} {:>7} {:>7}  {}"
 
 
@@ -28,7 +30,7 @@ def inspect(store: Store, number: int, shown: int = SHOWN) -> Iterator[str]:
 
     def text(token_id: int) -> str:
         if token_id >= len(vocabulary):
-            return f"<no token {token_id}>"  # the LM head may be wider than the tokenizer, and every id may be drawn
+            return NO_TOKEN.format(token_id)
         token = vocabulary.tokens[token_id]
         try:
             return repr(token.decode())

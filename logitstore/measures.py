@@ -8,6 +8,7 @@ documents; reads no store itself.
     entropy        mean entropy of the teacher's distribution, nats
     correct        share of positions whose label is the teacher's likeliest token
     disagreement   share of positions whose label is not: 1 - correct
+    tail_mass      mean of the probability outside the head
 
 The likeliest token is the head entry of the largest weight. Weights are on a grid of 1/16 nat, rounded up or down at
 random, so of two tokens that lie nearer to each other than that either may be taken; a label that shares the first
@@ -27,7 +28,7 @@ from logitstore.errors import ConfigError
 from logitstore.manifest import Manifest
 from logitstore.targets import SparseTargets
 
-NAMES = ("length", "nll", "entropy", "correct", "disagreement")
+NAMES = ("length", "nll", "entropy", "correct", "disagreement", "tail_mass")
 UNKNOWN_LABEL = "label log-prob where the label was not kept"
 """What a manifest calls it where an imported cache says nothing of some labels."""
 
@@ -42,6 +43,7 @@ class Measures:
     nll: float
     entropy: float
     correct: float
+    tail_mass: float = math.nan
 
     @property
     def disagreement(self) -> float:
@@ -55,7 +57,9 @@ class Measures:
     def without(self, names: Iterable[str]) -> "Measures":
         """The same with some not known."""
         lacking = set(names)
-        values = (math.nan if name in lacking else self.value(name) for name in ("nll", "entropy", "correct"))
+        values = (
+            math.nan if name in lacking else self.value(name) for name in ("nll", "entropy", "correct", "tail_mass")
+        )
         return Measures(self.positions, self.length, *values)
 
 
@@ -70,12 +74,11 @@ def measure(
     chosen = np.ones(len(targets), np.bool_) if trained is None else trained[: len(targets)]
     positions = int(np.count_nonzero(chosen))
     if not positions:
-        return Measures(0, len(token_ids), math.nan, math.nan, math.nan)
+        return Measures(0, len(token_ids), math.nan, math.nan, math.nan, math.nan)
     correct = label_is_likeliest(token_ids, targets)
-    nll, entropy, share = (
-        float(values[chosen].mean(dtype=np.float64)) for values in (-targets.label_log_prob, targets.entropy, correct)
-    )
-    return Measures(positions, len(token_ids), nll, entropy, share)
+    columns = (-targets.label_log_prob, targets.entropy, correct, np.exp(targets.log_tail_mass))
+    means = (float(values[chosen].mean(dtype=np.float64)) for values in columns)
+    return Measures(positions, len(token_ids), *means)
 
 
 def label_is_likeliest(token_ids: npt.NDArray[np.integer], targets: SparseTargets) -> npt.NDArray[np.bool_]:
@@ -91,8 +94,8 @@ def unknown(manifest: Manifest) -> dict[str, str]:
     found = {}
     if manifest.recipe.selection.kind == "random":
         found = dict.fromkeys(
-            ("correct", "disagreement"),
-            f"{manifest.recipe.selection} counts draws, and keeps no token as the likeliest",
+            ("correct", "disagreement", "tail_mass"),
+            f"{manifest.recipe.selection} counts draws, and keeps no token as one of the likeliest",
         )
     if UNKNOWN_LABEL in manifest.unknown:
         found["nll"] = f"{manifest.imported} keeps no log-prob of a label beyond its own entries"

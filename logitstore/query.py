@@ -7,8 +7,9 @@ and a number for each document that fulfils the conditions, or for the first `li
 import codecs
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -83,23 +84,34 @@ def _found(
     store: Store, conditions: list[Condition], sort: str | None, descending: bool, limit: int | None, quiet: bool
 ) -> Iterator[Found]:
     lacking, vocabulary = unknown(store.manifest), store.vocabulary
-
-    def one(number: int) -> tuple[int, Tokens, Measures]:
-        token_ids, targets = store.document(number)
-        return number, token_ids, measure(token_ids, targets).without(lacking)
-
-    def shown(number: int, token_ids: Tokens, measures: Measures) -> Found:
-        return Found(number, document_key(token_ids).hex(), measures, beginning(vocabulary, token_ids.tolist()))
-
+    one = partial(_measured, store, lacking)
     bar = tqdm(range(len(store)), unit="doc", desc="query", delay=1, leave=False, disable=quiet)
     asked = (each for each in map(one, bar) if all(c.holds(each[2]) for c in conditions))
     if sort is None:
-        yield from (shown(*each) for each in islice(asked, limit))
+        yield from (_shown(vocabulary, *each) for each in islice(asked, limit))
         return
     sign = -1 if descending else 1
     places = ((sign * measures.value(sort), number) for number, _, measures in asked)
     for _, number in sorted(places) if limit is None else heapq.nsmallest(limit, places):
-        yield shown(*one(number))
+        yield _shown(vocabulary, *one(number))
+
+
+def found(store: Store, number: int) -> Found:
+    """One document by its number.
+
+    Raises:
+        IndexError, CorruptStoreError: as for `Store.document`.
+    """
+    return _shown(store.vocabulary, *_measured(store, unknown(store.manifest), number))
+
+
+def _measured(store: Store, lacking: Iterable[str], number: int) -> tuple[int, Tokens, Measures]:
+    token_ids, targets = store.document(number)
+    return number, token_ids, measure(token_ids, targets).without(lacking)
+
+
+def _shown(vocabulary: Vocabulary, number: int, token_ids: Tokens, measures: Measures) -> Found:
+    return Found(number, document_key(token_ids).hex(), measures, beginning(vocabulary, token_ids.tolist()))
 
 
 def beginning(vocabulary: Vocabulary, token_ids: list[int]) -> str:

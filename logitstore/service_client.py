@@ -187,6 +187,23 @@ class ServiceClient:
                 waits = self._waits(name)  # it goes on: patience begins anew
             waits(fault)
 
+    def put(self, url: str, pieces: Iterator[bytes]) -> None:
+        """Send a body, once. What the pieces raise goes through.
+
+        Raises:
+            ServiceLostError: no answer; the service may have taken a part of it.
+            RefusedError, ServiceError: as their names say.
+        """
+        try:
+            with self.answer("PUT", url, pieces) as response:
+                for _ in bounded(response, MOST_ERROR_BYTES):
+                    pass
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            raise ServiceLostError(
+                f"{self.url} has broken off ({type(error).__name__}); what has arrived is kept, type the same command "
+                "again"
+            ) from error
+
     def size(self, name: str) -> int:
         """Bytes of a file of the store.
 

@@ -123,6 +123,72 @@ class _Tally:
         return Histogram(title, unit, tuple(self.edges.tolist()), tuple(self.counts.tolist()), mean)
 
 
+class Collection:
+    """What `collect` counts, a document at a time: for those that cannot read all of them at once."""
+
+    def __init__(self) -> None:
+        self._entropy, self._tail_mass, self._label = map(
+            _Tally, (ENTROPY_EDGES, TAIL_MASS_EDGES, LABEL_LOG_PROB_EDGES)
+        )
+        self._heads, self._entries = _Tally(_whole_edges(0)), _Tally(_whole_edges(0))
+        self._lengths = np.zeros(65, np.int64)
+        self._shortest: int | None = None
+        self._longest: int | None = None
+        self._in_head = self._in_tail = 0
+
+    def add(self, token_ids: npt.NDArray[np.integer[Any]], targets: SparseTargets) -> None:
+        """Count a document: token ids [L], and its targets."""
+        length = len(token_ids)
+        self._lengths[length.bit_length()] += 1
+        self._shortest = length if self._shortest is None else min(self._shortest, length)
+        self._longest = length if self._longest is None else max(self._longest, length)
+        self._entropy.add(targets.entropy)
+        self._tail_mass.add(np.exp(targets.log_tail_mass.astype(np.float64)))
+        self._label.add(targets.label_log_prob)
+        k = targets.ids.shape[1]
+        kept = targets.weights > 0
+        for tally, values in ((self._heads, targets.head_count), (self._entries, kept.sum(axis=1))):
+            tally.widen(k)
+            tally.add(values)
+        labels = np.asarray(token_ids)[targets.positions + 1]
+        is_label = kept & (targets.ids == labels[:, None])
+        is_head = targets.in_head
+        self._in_head += int((is_label & is_head).any(axis=1).sum())
+        self._in_tail += int((is_label & ~is_head).any(axis=1).sum())
+
+    def stats(
+        self,
+        plane_bytes: Mapping[str, int],
+        fidelity: Mapping[str, Any] | None = None,
+        *,
+        name: str = "store",
+        about: Mapping[str, str] | None = None,
+    ) -> StoreStats:
+        """What was counted so far; arguments as for `collect`."""
+        positions = int(self._entropy.counts.sum())
+        mean_label = _ratio(self._label.total, positions)
+        return StoreStats(
+            name=name,
+            about=dict(about or {}),
+            documents=int(self._lengths.sum()),
+            positions=positions,
+            shortest=self._shortest,
+            longest=self._longest,
+            median_between=_median_between(self._lengths, self._shortest, self._longest),
+            lengths=tuple(np.trim_zeros(self._lengths, "b").tolist()),
+            teacher_perplexity=None if mean_label is None or mean_label < -700 else math.exp(-mean_label),
+            label_in_head=_ratio(self._in_head, positions),
+            label_in_tail=_ratio(self._in_tail, positions),
+            entropy=self._entropy.histogram("Entropy", "nats"),
+            tail_mass=self._tail_mass.histogram("Tail mass", "probability outside the head"),
+            label_log_prob=self._label.histogram("Label log-prob", "nats"),
+            head_entries=self._heads.histogram("Head entries", "entries kept exactly"),
+            entries=self._entries.histogram("All entries", "entries with a weight above 0"),
+            plane_bytes=dict(plane_bytes),
+            fidelity=None if fidelity is None else _finite(fidelity),
+        )
+
+
 def collect(
     documents: Iterable[tuple[npt.NDArray[np.integer[Any]], SparseTargets]],
     plane_bytes: Mapping[str, int],
@@ -140,52 +206,10 @@ def collect(
         name: of the store; the title.
         about: what made the store (teacher, selection), shown below the title.
     """
-    entropy, tail_mass, label = map(_Tally, (ENTROPY_EDGES, TAIL_MASS_EDGES, LABEL_LOG_PROB_EDGES))
-    heads, entries = _Tally(_whole_edges(0)), _Tally(_whole_edges(0))
-    lengths = np.zeros(65, np.int64)
-    shortest = longest = None
-    in_head = in_tail = 0
+    collection = Collection()
     for token_ids, targets in documents:
-        length = len(token_ids)
-        lengths[length.bit_length()] += 1
-        shortest = length if shortest is None else min(shortest, length)
-        longest = length if longest is None else max(longest, length)
-        entropy.add(targets.entropy)
-        tail_mass.add(np.exp(targets.log_tail_mass.astype(np.float64)))
-        label.add(targets.label_log_prob)
-        k = targets.ids.shape[1]
-        kept = targets.weights > 0
-        for tally, values in ((heads, targets.head_count), (entries, kept.sum(axis=1))):
-            tally.widen(k)
-            tally.add(values)
-        labels = np.asarray(token_ids)[targets.positions + 1]
-        is_label = kept & (targets.ids == labels[:, None])
-        is_head = targets.in_head
-        in_head += int((is_label & is_head).any(axis=1).sum())
-        in_tail += int((is_label & ~is_head).any(axis=1).sum())
-
-    positions = int(entropy.counts.sum())
-    mean_label = _ratio(label.total, positions)
-    return StoreStats(
-        name=name,
-        about=dict(about or {}),
-        documents=int(lengths.sum()),
-        positions=positions,
-        shortest=shortest,
-        longest=longest,
-        median_between=_median_between(lengths, shortest, longest),
-        lengths=tuple(np.trim_zeros(lengths, "b").tolist()),
-        teacher_perplexity=None if mean_label is None or mean_label < -700 else math.exp(-mean_label),
-        label_in_head=_ratio(in_head, positions),
-        label_in_tail=_ratio(in_tail, positions),
-        entropy=entropy.histogram("Entropy", "nats"),
-        tail_mass=tail_mass.histogram("Tail mass", "probability outside the head"),
-        label_log_prob=label.histogram("Label log-prob", "nats"),
-        head_entries=heads.histogram("Head entries", "entries kept exactly"),
-        entries=entries.histogram("All entries", "entries with a weight above 0"),
-        plane_bytes=dict(plane_bytes),
-        fidelity=None if fidelity is None else _finite(fidelity),
-    )
+        collection.add(token_ids, targets)
+    return collection.stats(plane_bytes, fidelity, name=name, about=about)
 
 
 def to_json(stats: StoreStats) -> dict[str, Any]:

@@ -64,6 +64,10 @@ def _remote_files(url: str) -> Files:
         except BaseException:
             client.close()
             raise
+    if url.startswith("hf://"):
+        from logitstore.hub import hub_source
+
+        return hub_source(url).files
     from logitstore.remote_files import RemoteFiles
 
     return RemoteFiles(url)

@@ -5,6 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from logitstore.contract import Store
+from logitstore.manifest import Manifest
 from logitstore.replaced import replaced
 from logitstore.stats import StoreStats, collect, to_html
 
@@ -15,19 +16,25 @@ def of_store(store: Store, *, quiet: bool = False) -> StoreStats:
     Raises:
         CorruptStoreError: the bytes are not those that were written.
     """
-    manifest = store.manifest
+    numbers = tqdm(range(len(store)), unit="doc", desc="stats", delay=1, leave=False, disable=quiet)
+    name = Path(str(store.path).rstrip("/")).name
+    return collect(
+        map(store.document, numbers), store.plane_bytes(), store.fidelity, name=name, about=about(store.manifest)
+    )
+
+
+def about(manifest: Manifest) -> dict[str, str]:
+    """What made a store, in words, to show beside its numbers."""
     recipe = manifest.recipe
-    about = {
+    found = {
         "teacher": manifest.teacher.name,
         "selection": str(recipe.selection),
         "temperature": ", ".join(f"{t:g}" for t in recipe.temperatures),
         "fingerprint": manifest.fingerprint,
     }
     if manifest.imported:
-        about |= {"imported from": manifest.imported, "unknown": ", ".join(manifest.unknown) or "nothing"}
-    numbers = tqdm(range(len(store)), unit="doc", desc="stats", delay=1, leave=False, disable=quiet)
-    name = Path(str(store.path).rstrip("/")).name
-    return collect(map(store.document, numbers), store.plane_bytes(), store.fidelity, name=name, about=about)
+        found |= {"imported from": manifest.imported, "unknown": ", ".join(manifest.unknown) or "nothing"}
+    return found
 
 
 def save_html(stats: StoreStats, path: Path) -> None:

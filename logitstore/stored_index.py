@@ -151,6 +151,31 @@ def read_index(files: Files, where: object) -> StoredIndex | None:
                 return None
 
 
+def indexed_shards(files: Files, where: object) -> list[str] | None:
+    """The shards that the index names, none of its columns being read; None where there is no index.
+
+    Raises:
+        CorruptStoreError: its bytes are not those that were written.
+    """
+    path, file = f"{where}/{FOLDER}/{GROUP}", f"shards/{FILE}/0"
+    try:
+        attributes = unseal_group(read_group(files, FOLDER), path)
+        entries, count = attributes.get("files"), attributes.get("shards")
+        if not (are_file_entries(entries) and isinstance(count, int) and 0 <= count < MOST_SHARDS):
+            raise damaged(path, "says what no logitstore writes")
+        if count and not 0 <= entries.get(file, {"bytes": -1})["bytes"] <= 2 * NAME_BYTES * count + 64:
+            raise damaged(path, "says what no logitstore writes")
+        if not count:
+            return []
+        for problem in file_problems(files, FOLDER, {file: entries[file]}):
+            raise damaged(f"{where}/{FOLDER}/{problem.file}", problem.fault)
+        return bytes(unpack(files.read(f"{FOLDER}/{file}"), count * NAME_BYTES)).hex(" ", NAME_BYTES).split()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read ({error})") from error
+
+
 def write_index(
     folder: Path, shards: Sequence[str], counts: npt.NDArray[np.int64], keys: Table, blocks: Table, twice: list[int]
 ) -> None:

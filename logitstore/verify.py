@@ -104,7 +104,7 @@ def verify(path: str | Path, *, quiet: bool = False) -> VerifyReport:
         broken += (Problem(f"{prefix}/{p.file}", p.fault) for p in file_problems(files, prefix, entry.files))
         problems += broken
         if manifest and not broken:
-            problems += _content_problems(Shard(files, name, manifest.recipe), manifest)
+            problems += content_problems(Shard(files, name, manifest.recipe), manifest)
         documents += entry.documents
         positions += entry.positions
     return VerifyReport(len(there), documents, positions, problems)
@@ -167,7 +167,7 @@ def _strays(found: set[str], expected: set[str]) -> Iterator[Problem]:
         yield Problem(name, STRAY)
 
 
-def _content_problems(shard: Shard, manifest: Manifest) -> Iterator[Problem]:
+def content_problems(shard: Shard, manifest: Manifest) -> Iterator[Problem]:
     """Whether the bytes that were written make sense: a fault here is the builder's, not the disk's."""
     if shard.entry.fingerprint != manifest.fingerprint:
         yield Problem(f"{shard.where}/{GROUP}", "belongs to another store")

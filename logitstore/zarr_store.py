@@ -216,9 +216,23 @@ class ZarrStore:
             IndexError: there are fewer documents.
             ConfigError, CorruptStoreError: as for `get`.
         """
-        shard, document = self.catalog.place(self.catalog.unhidden(number))
+        return self.document_of(*self.catalog.place(self.catalog.unhidden(number)), temperature, replica)
+
+    def document_of(
+        self, shard: Shard, document: int, temperature: float | None = None, replica: int = 0
+    ) -> tuple[npt.NDArray[np.int32], SparseTargets]:
+        """The same of the N-th document of a shard, from 0.
+
+        Raises:
+            ConfigError, CorruptStoreError: as for `get`.
+        """
         count = int(shard.lengths[document]) - 1
         return shard.token_ids(document), self._read(shard, document, count, temperature, replica)
+
+    def number_of(self, key: bytes) -> int | None:
+        """Which document has this key, as `document` counts them; None where none has."""
+        number = self.catalog.number_of(key)
+        return None if number is None else self.catalog.visible(number)
 
     def token_ids(self, number: int) -> npt.NDArray[np.int32]:
         """The token ids of the N-th document; see `contract.Store`."""

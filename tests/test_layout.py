@@ -25,6 +25,7 @@ ONLY_IN = {
     "zstandard": {"logitstore.chunks"},
     "lmdb": {"logitstore.lmdb_file"},
     "obstore": {"logitstore.remote_files"},
+    "huggingface_hub": {"logitstore.hub"},
     "click": {"distill_cli.*"},
     "mlx_lm": {
         "logitstore.model",

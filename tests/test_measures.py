@@ -29,7 +29,7 @@ def targets(**changed: Any) -> SparseTargets:
         ids=np.array([[6, 30, 0], [7, 31, 0], [32, 8, 33], [9, 34, 35]], np.uint32),
         weights=np.array([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.4, 0.4], [0.4, 0.3, 0.3]], np.float32),
         head_count=np.array([2, 2, 1, 0], np.int32),
-        log_tail_mass=np.zeros(4, np.float32),
+        log_tail_mass=np.full(4, np.log(0.5), np.float32),
         label_log_prob=np.array([-0.5, -1, -4, -6.5], np.float32),
         entropy=np.array([1, 2, 3, 4], np.float32),
     )
@@ -37,10 +37,12 @@ def targets(**changed: Any) -> SparseTargets:
 
 
 def test_measures_are_means_over_positions_worked_out_by_hand() -> None:
-    assert measure(TOKENS, targets()) == Measures(positions=4, length=5, nll=3.0, entropy=2.5, correct=0.25)
+    assert measure(TOKENS, targets()) == Measures(
+        positions=4, length=5, nll=3.0, entropy=2.5, correct=0.25, tail_mass=0.5
+    )
     assert measure(TOKENS, targets()).disagreement == 0.75
     trained = np.array([True, True, False, False])
-    assert measure(TOKENS, targets(), trained) == Measures(2, 5, 0.75, 1.5, 0.5)
+    assert measure(TOKENS, targets(), trained) == Measures(2, 5, 0.75, 1.5, 0.5, 0.5)
     untrained = measure(TOKENS, targets(), np.zeros(4, np.bool_))
     assert untrained.positions == 0 and math.isnan(untrained.nll) and math.isnan(untrained.disagreement)
 
@@ -125,7 +127,7 @@ def test_documents_are_listed_in_order_and_by_any_measure(store: ZarrStore) -> N
     plain = list(query(store))
     assert [each.number for each in plain] == list(range(5))
     assert [each.measures.positions for each in plain] == [len(store.document(n)[1]) for n in range(5)]
-    for name in ("nll", "entropy", "disagreement", "length"):
+    for name in ("nll", "entropy", "disagreement", "length", "tail_mass"):
         rising = sorted(plain, key=lambda each: (each.measures.value(name), each.number))
         assert list(query(store, sort=name)) == rising
         falling = sorted(plain, key=lambda each: (-each.measures.value(name), each.number))
@@ -152,7 +154,7 @@ def test_the_command_prints_a_line_for_each_document_or_its_json(store: ZarrStor
     first, *_ = map(json.loads, run("--json"))
     assert first["document"] == 0 and len(first["key"]) == 32 and first["begins"].startswith("<")
     assert first.keys() == {
-        *("document", "key", "positions", "length", "nll", "entropy", "correct", "disagreement", "begins")
+        *("document", "key", "positions", "length", "nll", "entropy", "correct", "disagreement", "tail_mass", "begins")
     }
     for args, expected in (
         (["--sort", "entropi"], "--sort entropi names no measure; did you mean entropy"),
@@ -165,7 +167,7 @@ def test_the_command_prints_a_line_for_each_document_or_its_json(store: ZarrStor
 
 def test_a_measure_that_a_store_does_not_know_is_shown_as_such_and_refused(tmp_path: Path) -> None:
     for made, lacking in (
-        (manifest("random:9"), {"correct", "disagreement"}),
+        (manifest("random:9"), {"correct", "disagreement", "tail_mass"}),
         (replace(manifest("top-k:4"), imported="dwq", unknown=("entropy",)), {"entropy"}),
     ):
         store = ZarrStore.create(tmp_path / str(made.imported), made, VOCABULARY)

@@ -266,7 +266,9 @@ def stats(store: str, as_json: bool, html: Path | None, quiet: bool) -> None:
 
 @main.command()
 @READ
-@click.option("--sort", help="By length, nll, entropy, correct or disagreement.  [default: the store's own order]")
+@click.option(
+    "--sort", help="By length, nll, entropy, correct, disagreement or tail_mass.  [default: the store's own order]"
+)
 @click.option("--descending", is_flag=True, help="The largest first.")
 @click.option("--where", multiple=True, help="Only documents with e.g. 'nll>3', in quotes; several must all hold.")
 @click.option("--limit", type=int, help="How many to show.  [default: all]")
@@ -276,7 +278,8 @@ def query(store: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """List documents by what the teacher made of them.
 
     Means over a document's positions: nll (-log of the label's probability) and entropy, in nats; correct, the share
-    of labels that are the teacher's likeliest token; disagreement, the share of the others.
+    of labels that are the teacher's likeliest token; disagreement, the share of the others; tail_mass, the
+    probability outside the head.
     """
     with one_line_errors("Nothing was changed."):
         from logitstore.query import HEADER

@@ -10,6 +10,7 @@ from distill_cli.outcome import one_line_errors
 GO_ON = "What is finished is kept; type the same command to go on."
 OUT = click.argument("out", type=click.Path(path_type=Path))
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+JOBS = click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Files at once.")
 
 
 @click.command()
@@ -141,8 +142,41 @@ def export(store: str, out: Path, temperature: float | None, replica: int, quiet
         click.echo(_holds(out, report))
 
 
+@click.command()
+@click.argument("store")
+@click.argument("url")
+@JOBS
+@QUIET
+def push(store: str, url: str, jobs: int, quiet: bool) -> None:
+    """Bring to URL what it lacks of a store: a folder, a service (http://HOST:8470/NAME), s3://, gs://, az:// or hf://.
+
+    Every byte is held against the store's digests before it is sent. LOGITSTORE_TOKEN holds the token for a service.
+    """
+    _move(store, url, jobs, quiet=quiet)
+
+
+@click.command()
+@click.argument("url")
+@click.argument("folder", metavar="DIR")
+@JOBS
+@QUIET
+def pull(url: str, folder: str, jobs: int, quiet: bool) -> None:
+    """Bring to DIR what it lacks of the store at URL: a service's, a web server's, s3://, gs://, az://, hf://, a path.
+
+    What was cut goes on where it stopped when the same command is typed again.
+    """
+    _move(url, folder, jobs, quiet=quiet)
+
+
+def _move(source: str, destination: str, jobs: int, *, quiet: bool) -> None:
+    with one_line_errors(GO_ON):
+        from logitstore.places import push as run
+
+        click.echo(run(source, destination, jobs, quiet=quiet).to_text(destination))
+
+
 def _holds(out: Path, report: Any) -> str:
     return f"{out}: {report.documents:,} documents, {report.positions:,} positions, {report.disk_bytes:,} bytes"
 
 
-COMMANDS = (convert, merge, gc, import_, export)
+COMMANDS = (convert, merge, gc, import_, export, push, pull)

@@ -2,8 +2,10 @@
 
 shelf (stores) ── store_files   their files, as they are
                ├─ answers       targets by token ids ── desk (the teacher, one computation for all)
+               ├─ uploads       parts of stores, shown when they are whole
                ├─ facts         what there is, and how it is doing
-               └─ meters, openapi
+               ├─ browse        documents by their measures, and what is in them ── scan, document_json
+               └─ meters, openapi, page_files
 """
 
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from logitstore.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
-from logitstore.service import answers, facts, meters, openapi, store_files
+from logitstore.service import answers, browse, facts, meters, openapi, page_files, store_files, uploads
 from logitstore.service.access import Access
 from logitstore.service.desk import CannotTeachError, Desk, QueueFullError
 from logitstore.service.limits import Limits
@@ -58,6 +60,9 @@ def create_app(
         *meters.routes(counted, access),
         *facts.routes(shelf, desk, access, counted),
         *answers.routes(shelf, desk, access, counted),
+        *uploads.routes(shelf, access),
+        *browse.routes(shelf, access),
+        *page_files.routes(),
         *store_files.routes(shelf, access),  # last: it takes every path
     ]
     app = Starlette(

@@ -8,7 +8,10 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from logitstore import __version__
+from logitstore.measures import NAMES
 from logitstore.service.answers import MOST_DOCUMENT_TOKENS, MOST_DOCUMENTS, MOST_TOKENS
+from logitstore.service.browse import MOST_LISTED
+from logitstore.service.document_json import MOST_POSITIONS
 from logitstore.service.shelf import NAME
 from logitstore.wire import MEDIA_TYPE
 
@@ -32,6 +35,7 @@ def routes() -> list[Route]:
 def openapi() -> dict[str, Any]:
     """The document, OpenAPI 3.1."""
     store = _parameter("name", "path", TEXT | {"pattern": f"^{NAME.pattern}$"}, "A store's name.")
+    part = _parameter("part", "path", TEXT, "root, fidelity, map-F, or a shard's name; for POST also index.")
     some_json = _json({"type": "object"})
     targets = {
         "type": "object",
@@ -66,6 +70,34 @@ def openapi() -> dict[str, Any]:
             "parameters": [store],
             "get": _operation("The names of its shards.", some_json, 404, 503),
         },
+        "/v1/stores/{name}/stats": {
+            "parameters": [store],
+            "get": _operation("Histograms over the documents that were read so far.", some_json, 400, 404, 503),
+        },
+        "/v1/stores/{name}/documents": {
+            "parameters": [
+                store,
+                _parameter("sort", "query", {"enum": list(NAMES)}, "The measure to sort by; else the store's order."),
+                _parameter("descending", "query", {"type": "boolean"}, "The largest first."),
+                _parameter("where", "query", {"type": "array", "items": TEXT}, "Conditions, as nll>3; all must hold."),
+                _parameter("text", "query", TEXT, "What a document's text has in it, whatever its case."),
+                _parameter("offset", "query", COUNT, "How many to pass over."),
+                _parameter("limit", "query", COUNT | {"minimum": 1, "maximum": MOST_LISTED}, "How many to list."),
+            ],
+            "get": _operation("Documents by what the teacher made of them.", some_json, 400, 404, 503),
+        },
+        "/v1/stores/{name}/documents/{ref}": {
+            "parameters": [
+                store,
+                _parameter("ref", "path", TEXT, "A number from 0, or a key of 32 hex digits."),
+                _parameter("temperature", "query", {"type": "number"}, "One that the store serves; else its first."),
+                _parameter("start", "query", COUNT, "The first position that is wanted."),
+                _parameter(
+                    "positions", "query", COUNT | {"minimum": 1, "maximum": MOST_POSITIONS}, "How many are wanted."
+                ),
+            ],
+            "get": _operation("One document: its tokens and what is kept of them.", some_json, 400, 404, 503),
+        },
         "/v1/stores/{name}/targets": {
             "parameters": [store],
             "post": _operation(
@@ -75,6 +107,25 @@ def openapi() -> dict[str, Any]:
                 *(400, 404, 408, 409, 413, 422, 429, 503, 507),
                 body=targets,
             ),
+        },
+        "/v1/stores/{name}/parts": {
+            "parameters": [store],
+            "get": _operation("Its parts, each with the digest of its zarr.json.", some_json, 404, 503),
+        },
+        "/v1/stores/{name}/uploads/{part}": {
+            "parameters": [store, part],
+            "get": _operation("What has arrived of a part.", some_json, 404, 503),
+            "post": _operation("Check a part and show it; 422 names files to be sent again.", some_json, 404, 422, 507),
+        },
+        "/v1/stores/{name}/uploads/{part}/{file}": {
+            "parameters": [
+                store,
+                part,
+                _parameter("file", "path", TEXT, "zarr.json first, then the files that it names."),
+                _parameter("offset", "query", COUNT, "How much of the file has arrived; 409 says where that is."),
+            ],
+            "put": _operation("Bytes of a file, from an offset on.", some_json, 400, 404, 408, 409, 413, 422, 507)
+            | {"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
         },
         "/{name}/{path}": {
             "parameters": [store, _parameter("path", "path", TEXT, "A file of the store, as FORMAT.md has it.")],

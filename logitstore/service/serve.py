@@ -10,7 +10,7 @@ from time import strftime
 
 import uvicorn
 
-from logitstore.errors import ConfigError
+from logitstore.errors import ConfigError, StoreError
 from logitstore.files import LocalFiles
 from logitstore.journal import commit_leftovers
 from logitstore.service.access import Access
@@ -129,7 +129,10 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
     port = sockets[0].getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
     for name in shelf.names():
-        say(f"{shelf.get(name).path} is {scheme}://{host}:{port}/{name}")
+        try:
+            say(f"{shelf.get(name).path} is {scheme}://{host}:{port}/{name}")
+        except StoreError as error:
+            say(f"{name} is not served: {error}")
     if config.tls_cert is None and config.tokens is not None and not is_loopback(config.host):
         say("tokens travel in clear without --tls-cert and --tls-key, or a proxy in front that has them")
     if desk is not None:
@@ -147,10 +150,10 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
 def take_over(shelf: Shelf) -> None:
     """Show readers what a service that was killed had kept."""
     for name in shelf.names():
-        served = shelf.get(name)
-        if served.writable:
+        with suppress(StoreError):  # a damaged store is told when it is asked for
+            served = shelf.get(name)
             store = ZarrStore(LocalFiles(served.path), served.path)
-            for number in range(WRITERS):
+            for number in range(WRITERS if served.writable else 0):
                 commit_leftovers(store, f"service-{number}")
 
 

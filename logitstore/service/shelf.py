@@ -94,7 +94,7 @@ class Shelf:
 
     Raises:
         ConfigError: two stores of one name, a name that no URL may have, or a place of no store.
-        StoreError: a store that cannot be opened.
+        StoreError: a store that was named cannot be opened.
     """
 
     def __init__(self, places: Sequence[Path]) -> None:
@@ -112,8 +112,9 @@ class Shelf:
                 self._folders.append(place)
             else:
                 self._add(self._stores, place)
-        for name in self._places(strict=True):
-            self.get(name)
+        self._places(strict=True)
+        for name in self._stores:
+            self.get(name)  # of a folder's stores a damaged one keeps nobody from the others
 
     @property
     def begins_stores(self) -> Path | None:

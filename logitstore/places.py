@@ -1,0 +1,106 @@
+"""What was typed as the place of a store that is moved: a folder, a zip file, or a URL of one of several kinds."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from logitstore.errors import ConfigError
+from logitstore.folder_destination import FolderDestination
+from logitstore.http_files import HttpFiles
+from logitstore.hub import HubDestination, hub_source
+from logitstore.object_destination import ObjectDestination
+from logitstore.remote_files import RemoteFiles
+from logitstore.service_client import NotThereError, ServiceClient
+from logitstore.service_destination import ServiceDestination, service_parts
+from logitstore.store import files_of, is_lmdb_store
+from logitstore.transfer import JOBS, Destination, MoveReport, Source, move
+
+UPLOAD_S = 300.0
+"""In which an object store must have taken a request's bytes."""
+PATIENCE_S = 30.0
+"""So long a service, or a web server, is asked again."""
+HTTP = ("http", "https")
+_URL = re.compile(r"([a-z0-9]+)://(.*)", re.DOTALL)
+
+
+def push(store: str, url: str, jobs: int = JOBS, *, quiet: bool = False) -> MoveReport:
+    """Bring to `url` what it lacks of a store; see `transfer.move`. `pull` is the same with the places turned round.
+
+    Raises:
+        ConfigError: a place that no store is moved to or from.
+        StoreError: as `transfer.move`.
+    """
+    with source_of(store) as source, destination_of(url, quiet=quiet) as destination:
+        return move(source, destination, jobs, quiet=quiet)
+
+
+@contextmanager
+def source_of(place: str) -> Iterator[Source]:
+    """Where a store is read.
+
+    Raises:
+        ConfigError: an LMDB file, which has no parts.
+        StoreError: nothing there, or a URL that nobody knows.
+    """
+    scheme, rest = _split(place)
+    if scheme == "hf":
+        yield hub_source(place)
+        return
+    if scheme in HTTP:
+        client = ServiceClient(place, patience_s=PATIENCE_S)
+        try:
+            service = client.facts() is not None
+            digests = {}
+            if service:
+                with suppress(NotThereError):  # an older one: then its shards are listed
+                    digests = service_parts(client)
+            yield Source(HttpFiles(client, lists=service), place, digests)
+        finally:
+            client.close()
+        return
+    if scheme:
+        yield Source(RemoteFiles(place), place)
+        return
+    path = Path(rest).expanduser()
+    if is_lmdb_store(path):
+        raise ConfigError(
+            f"{path} is an LMDB file, which is not moved in parts; type `logitstore convert {path} "
+            f"{path.with_suffix('.zarr')}` first, and move that"
+        )
+    yield Source(files_of(path), str(path))
+
+
+@contextmanager
+def destination_of(place: str, *, quiet: bool = False) -> Iterator[Destination]:
+    """Where a store is written, held as long as that takes.
+
+    Raises:
+        ConfigError: a place that takes no store.
+        StoreError: it cannot be written.
+    """
+    scheme, rest = _split(place)
+    if scheme == "hf":
+        with HubDestination.opened(place, quiet=quiet) as dataset:
+            yield dataset
+        return
+    if scheme in HTTP:
+        client = ServiceClient(place, patience_s=PATIENCE_S)
+        try:
+            yield ServiceDestination(client)
+        finally:
+            client.close()
+        return
+    if scheme:
+        yield ObjectDestination(RemoteFiles(place, timeout_s=UPLOAD_S), place)
+        return
+    with FolderDestination.opened(Path(rest).expanduser()) as folder:
+        yield folder
+
+
+def _split(place: str) -> tuple[str, str]:
+    """The scheme of a URL, "" for a path, and what follows."""
+    match = _URL.fullmatch(place)
+    if match is None or match[1] == "file":
+        return "", match[2] if match else place
+    return match[1], match[2]

@@ -1,0 +1,50 @@
+"""The web page: a few files of the package, sent as they are.
+
+They hold no data; what they show they ask of the other routes. The policy lets a browser load nothing but these files
+and run no script but theirs, so that no text of a document, teacher or tokenizer can become one.
+"""
+
+from hashlib import blake2b
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+FOLDER = Path(__file__).with_name("page")
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "object-src 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+
+def routes() -> list[Route]:
+    """The page at /, and what it is made of below /page/."""
+    files = {path.name: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
+
+    def answer(request: Request, name: str) -> Response:
+        if name not in files:
+            return JSONResponse({"error": f"{name[:40]!r} is no file of the page; open /"}, 404)
+        tag = f'"{blake2b(files[name], digest_size=8).hexdigest()}"'
+        headers = HEADERS | {"ETag": tag}
+        if request.headers.get("If-None-Match") == tag:
+            return Response(status_code=304, headers=headers)
+        return Response(files[name], media_type=MEDIA_TYPES[Path(name).suffix], headers=headers)
+
+    async def index(request: Request) -> Response:
+        return answer(request, "index.html")
+
+    async def file(request: Request) -> Response:
+        return answer(request, request.path_params["file"])
+
+    return [Route("/", index), Route("/page/{file}", file)]
