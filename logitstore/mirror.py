@@ -295,7 +295,11 @@ def together(each: Callable[[str], object], names: Iterable[str]) -> None:
             raise
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(one, names))
+        try:
+            list(pool.map(one, names))
+        except BaseException:  # Ctrl-C too
+            failed.set()
+            raise
 
 
 def _write(path: Path, pieces: Iterable[bytes]) -> str:

@@ -375,7 +375,7 @@ class ZarrStore:
         except CannotList:
             groups = {"": self.root.files, **({FOLDER: self.catalog.index.files} if self.catalog.index else {})}
             groups |= {f"shards/{name}": self.shard(name).entry.files for name in self.shard_names}
-            for folder, files in groups.items():
+            for folder, files in sorted(groups.items()):
                 group = f"{folder}/{GROUP}".lstrip("/")
                 yield group, self.files.size(group)
                 yield from ((f"{folder}/{name}".lstrip("/"), entry["bytes"]) for name, entry in files.items())
