@@ -17,6 +17,8 @@ from logitstore.service_client import ServiceClient
 
 KEPT_BYTES = 512 << 20
 KEPT = (WRITE_ONCE, "vocabulary/")
+MOST_FILE_BYTES = 8 << 30
+"""A file that is held in memory is no longer."""
 
 
 class HttpFiles:
@@ -30,26 +32,47 @@ class HttpFiles:
         self.client = client
         self._lists = lists
         self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._kept_bytes = 0
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See `files.Files`."""
         if not name.startswith(KEPT):
-            return self.client.read(name, start, stop)
+            return self._fetched(name, start, stop)
         with self._lock:
-            data = self._kept.pop(name, None)
-            if data is None:
-                most = MOST_JSON_BYTES + 1 if name.endswith(GROUP) else None  # what is longer is no such file
-                data = self.client.read(name, 0, most)
-            self._kept[name] = data
-            while sum(map(len, self._kept.values())) > KEPT_BYTES and len(self._kept) > 1:
-                self._kept.popitem(last=False)
+            data = self._kept.get(name)
+            if data is not None:
+                self._kept.move_to_end(name)
+        if data is None:
+            data = self._fetched(name)  # outside of the lock: others read meanwhile, and one may wait for a service
+            with self._lock:
+                self._drop(name)
+                self._kept[name] = data
+                self._kept_bytes += len(data)
+                while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+                    self._drop(next(iter(self._kept)))
         return data[start:stop]
 
+    def forget(self, folder: str) -> None:
+        """Ask again for what is below a folder: it is not what it was."""
+        with self._lock:
+            for name in [name for name in self._kept if name.startswith(f"{folder}/")]:
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._kept_bytes -= len(self._kept.pop(name, b""))
+
+    def _fetched(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        most = start + (MOST_JSON_BYTES + 1 if name.endswith(GROUP) else MOST_FILE_BYTES)
+        return self.client.read(name, start, most if stop is None else min(stop, most))
+
+    def keeps(self, name: str) -> bool:
+        """Whether a file is in memory."""
+        return name in self._kept
+
     def size(self, name: str) -> int:
-        """See `files.Files`."""
-        kept = self._kept.get(name)
-        return len(kept) if kept is not None else self.client.size(name)
+        """See `files.Files`. Who asks it of a file that is written once reads that next."""
+        return len(self.read(name)) if name.startswith(KEPT) else self.client.size(name)
 
     def mapped(self, name: str) -> npt.NDArray[np.uint8]:
         """See `files.Files`."""

@@ -1,6 +1,6 @@
 """What was fetched from services, on this machine's disk: a folder for each URL, bounded in bytes, the least used out.
 
-    OVERLAY/HOST-PORT-NAME/
+    OVERLAY/HOST-PORT-NAME-HASH/
         url            whose it is
         store/         a store like any other, of the shards that were fetched
         index/         the service's index, which names the others too
@@ -17,14 +17,19 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
 
 from logitstore.durable import alone_in, cannot_write
 
-STORE, INDEX, TAUGHT, URL = "store", "index", "taught.lmdb", "url"
+STORE, SHARDS, INDEX, TAUGHT, URL = "store", "shards", "index", "taught.lmdb", "url"
+PARTIAL = ".partial-"
+"""How the name begins of what is being fetched, or removed."""
 USED_S = 60.0
 """A use is noted no more often than this."""
+LEFT_S = 3600.0
+"""What is being fetched and has not grown for so long was left by a process that was killed."""
 
 
 def default_overlay() -> Path:
@@ -40,16 +45,14 @@ def folder_of(overlay: Path, url: str) -> Path:
     Raises:
         StoreWriteError: it cannot be begun.
     """
-    bare = url.split("://", 1)[-1].rstrip("/")
-    folder = overlay / re.sub(r"[^A-Za-z0-9._]+", "-", bare)
+    readable = re.sub(r"[^A-Za-z0-9._]+", "-", url.split("://", 1)[-1])[-100:].lstrip(".-")
+    folder = overlay / f"{readable}-{blake2b(url.encode(), digest_size=4).hexdigest()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while not (folder / URL).exists() or (folder / URL).read_text() != url:
-            if not (folder / URL).exists():
-                (folder / URL).write_text(url)
-            else:  # another URL that is written the same way
-                folder = folder.with_name(folder.name + "-")
-                folder.mkdir(exist_ok=True)
+        if not (folder / URL).exists():
+            partial = folder / f"{PARTIAL}{uuid4().hex}"
+            partial.write_text(url)
+            partial.rename(folder / URL)
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
@@ -63,16 +66,20 @@ class Fetched:
     size_bytes: int
     used: float
     """When it was last read, in seconds since 1970, to about a minute."""
+    url: str
 
 
 def fetched(overlay: Path) -> Iterator[Fetched]:
-    """Every shard, and every file of taught answers."""
+    """Every shard, every index, and every file of taught answers."""
     for folder in sorted(overlay.glob("*/")):
-        if not (folder / URL).is_file():
+        try:
+            url = (folder / URL).read_text()
+        except (OSError, ValueError):
             continue  # nothing of ours
-        for path in [*(folder / STORE / "shards").glob("*/"), folder / TAUGHT]:
+        shards = (path for path in (folder / STORE / SHARDS).glob("*/") if not path.name.startswith("."))
+        for path in [*shards, folder / INDEX, folder / TAUGHT]:
             with suppress(FileNotFoundError):  # another process has removed it
-                yield Fetched(path, _size(path), path.stat().st_mtime)
+                yield Fetched(path, _size(path), path.stat().st_mtime, url)
 
 
 def used(path: Path) -> None:
@@ -82,8 +89,8 @@ def used(path: Path) -> None:
             os.utime(path)
 
 
-def trim(overlay: Path, most_bytes: int, keep: Path | None = None) -> list[Fetched]:
-    """Remove what was used longest ago, until the overlay takes no more than `most_bytes`; what went.
+def trim(overlay: Path, most_bytes: int, keep: Path | None = None, *, dry_run: bool = False) -> list[Fetched]:
+    """Remove what was used longest ago, until the overlay takes no more than `most_bytes`; what went, or would go.
 
     Args:
         keep: stays in any case.
@@ -94,28 +101,87 @@ def trim(overlay: Path, most_bytes: int, keep: Path | None = None) -> list[Fetch
     there = sorted(fetched(overlay), key=lambda each: each.used)
     over = sum(each.size_bytes for each in there) - most_bytes
     gone = []
-    try:
-        for each in there:
-            if over <= 0:
-                break
-            if each.path != keep and _remove(each.path):
-                over -= each.size_bytes
-                gone.append(each)
-    except OSError as error:
-        raise cannot_write(overlay, error) from error
+    for each in there:
+        if over <= 0:
+            break
+        if each.path != keep and (dry_run or remove(each.path)):
+            over -= each.size_bytes
+            gone.append(each)
     return gone
 
 
-def _remove(path: Path) -> bool:
-    """Remove it at once for readers; whether this process did."""
-    hidden = path.with_name(f".partial-removed-{uuid4().hex}")
-    with alone_in(path.parent):
-        try:
+@dataclass(frozen=True)
+class OverlayReport:
+    """What was removed from an overlay, or would be, and what stays."""
+
+    gone: list[Fetched]
+    stays: list[Fetched]
+    left_bytes: int
+    """Of what killed processes have left, which went too."""
+
+
+def gc_overlay(overlay: Path, most_bytes: int, *, dry_run: bool = False) -> OverlayReport:
+    """`trim`, after `remove_left`; with `dry_run`, only tell.
+
+    Raises:
+        StoreWriteError: no permission.
+    """
+    left_bytes = remove_left(overlay, dry_run=dry_run)
+    gone = trim(overlay, most_bytes, dry_run=dry_run)
+    paths = {each.path for each in gone}
+    return OverlayReport(gone, [each for each in fetched(overlay) if each.path not in paths], left_bytes)
+
+
+def remove_left(overlay: Path, *, dry_run: bool = False) -> int:
+    """Remove what killed processes have left half fetched or half removed; how many bytes.
+
+    Raises:
+        StoreWriteError: no permission.
+    """
+    freed = 0
+    for file in sorted(overlay.glob(f"*/{URL}")):
+        folder = file.parent
+        left = [path for place in (folder, folder / STORE / SHARDS) for path in place.glob(f"{PARTIAL}*")]
+        for path in [*left, *folder.glob(f".{TAUGHT}-*")]:
+            try:
+                if time.time() - _changed(path) > LEFT_S:
+                    freed += _size(path)
+                    if not dry_run:
+                        _delete(path)
+            except FileNotFoundError:  # it is finished by now
+                continue
+            except OSError as error:
+                raise cannot_write(path, error) from error
+    return freed
+
+
+def remove(path: Path) -> bool:
+    """Remove something at once for its readers; whether this process did.
+
+    Raises:
+        StoreWriteError: no permission.
+    """
+    hidden = path.with_name(f"{PARTIAL}removed-{uuid4().hex}")
+    try:
+        with alone_in(path.parent):
             path.rename(hidden)
-        except FileNotFoundError:
-            return False
-    shutil.rmtree(hidden) if hidden.is_dir() else hidden.unlink()
+            if path.name == TAUGHT:  # a new file must not meet those who have this one open in the same lock
+                path.with_name(f"{TAUGHT}-lock").unlink(missing_ok=True)
+        _delete(hidden)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise cannot_write(path, error) from error
     return True
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _changed(path: Path) -> float:
+    """When the newest of it was written."""
+    return max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
 
 
 def _size(path: Path) -> int:

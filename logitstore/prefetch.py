@@ -8,12 +8,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 POLL_S = 0.1
+JOIN_S = 5.0
+"""An item that takes longer, as one that a network is asked for, is left to itself."""
 
 
 def prefetched(items: Iterator[T], ahead: int) -> Generator[T]:
     """The same items in the same order, at most `ahead` of them made before they are asked for.
 
-    The thread ends with the items, or soon after the iterator is closed.
+    The thread ends with the items, or when the iterator is closed, after the item that it is making then.
     """
     ready: Queue[tuple[bool, T | BaseException | None]] = Queue(ahead)
     closed = Event()
@@ -50,4 +52,4 @@ def prefetched(items: Iterator[T], ahead: int) -> Generator[T]:
         with suppress(Empty):
             while True:
                 ready.get_nowait()
-        thread.join()
+        thread.join(JOIN_S)

@@ -2,28 +2,38 @@
 
 Asked in this order: what the service's teacher answered before, the shards that were fetched, those that the service
 has, its teacher. A service that does not answer costs one bounded wait; from then on what lies here is all there is,
-until it is tried again some minutes later.
+until it is tried again some minutes later. Where only its teacher gives nothing, only that is left alone. What is
+damaged here is fetched again.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from logitstore.codec import Codes
-from logitstore.contract import Writer
-from logitstore.errors import ServiceError, ServiceLostError, StoreWriteError
+from logitstore.contract import Store, Writer
+from logitstore.errors import (
+    CorruptStoreError,
+    ServiceError,
+    ServiceLostError,
+    StoreError,
+    StoreNotFoundError,
+    StoreWriteError,
+)
 from logitstore.http_files import HttpFiles
 from logitstore.manifest import Manifest
 from logitstore.mirror import Mirror
-from logitstore.overlay import STORE, TAUGHT, folder_of
+from logitstore.overlay import STORE, TAUGHT, folder_of, remove_left, used
 from logitstore.recipe import DocumentRecord
 from logitstore.sealed import GROUP
-from logitstore.service_client import ServiceClient
+from logitstore.service_client import PATIENCE_S as IMPATIENCE_S
+from logitstore.service_client import SILENT_S, RefusedError, ServiceClient
 from logitstore.stack import Stack
 from logitstore.store import create_store, open_store
 from logitstore.targets import SparseTargets
@@ -34,6 +44,9 @@ from logitstore.zarr_store import ZarrStore
 PATIENCE_S = 120.0
 AWAY_S, PROBED_S = 300.0, 5.0
 """A service that did not answer is left alone for so long, and then tried for so long."""
+
+TEACHING = {413, 422, 429, 503, 507}
+"""What a service answers that has the store, and no answer of its teacher."""
 
 T = TypeVar("T")
 
@@ -54,19 +67,25 @@ def open_served(
         StoreWriteError: the overlay cannot be written.
     """
     client = ServiceClient(url)
-    folder = folder_of(overlay, client.url)
+    client.silent_s = min(client.silent_s, IMPATIENCE_S)
     try:
-        facts = client.facts()
-        remote = HttpFiles(client, lists=facts is not None)
-        mirror = Mirror(remote, folder, most_bytes)
-    except ServiceLostError as error:
-        if not (folder / STORE / GROUP).exists():
-            raise
-        say(f"{error}; going on with what was fetched into {folder}")
-        facts, mirror = None, Mirror(None, folder, most_bytes)
+        folder = folder_of(overlay, client.url)
+        remove_left(overlay)
         remote = HttpFiles(client, lists=True)
-    client.patience_s = PATIENCE_S
-    return ServedStore(client, remote, mirror, teaches=bool(facts and facts.get("teaches") is True), say=say)
+        try:
+            facts = client.facts()
+            remote = HttpFiles(client, lists=facts is not None)
+            mirror = Mirror(remote, folder, most_bytes)
+        except ServiceLostError as error:
+            if not (folder / STORE / GROUP).exists():
+                raise
+            say(f"{error}; going on with what was fetched into {folder}")
+            facts, mirror = None, Mirror(None, folder, most_bytes)
+        client.patience_s, client.silent_s = PATIENCE_S, SILENT_S
+        return ServedStore(client, remote, mirror, teaches=bool(facts and facts.get("teaches") is True), say=say)
+    except BaseException:
+        client.close()
+        raise
 
 
 class ServedStore:
@@ -87,9 +106,17 @@ class ServedStore:
         self.mirror = mirror
         self._client, self._remote, self._say = client, remote, say
         self._away_until = 0.0 if mirror.remote is not None else time.monotonic() + AWAY_S
-        self._fetched = ZarrStore(mirror, client.url)
-        path = mirror.folder / TAUGHT
-        self._taught = open_store(path) if path.exists() else None
+        self._teaches_from = 0.0
+        self._said: set[str] = set()
+        self._fetched = self._reading(lambda: ZarrStore(mirror, client.url))
+        self._path = mirror.folder / TAUGHT
+        self._taught: Store | None = None
+        with suppress(StoreNotFoundError):
+            self._taught = open_store(self._path)
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._client.close()
 
     @property
     def manifest(self) -> Manifest:
@@ -195,7 +222,7 @@ class ServedStore:
             StoreWriteError: the overlay cannot be written.
         """
         found: list[DocumentRecord | None] = [None] * len(documents)
-        if not (self.teaches and self._is_there()):
+        if not (self._is_there() and self.teaches and time.monotonic() >= self._teaches_from):
             return found
         refused = set()
         try:
@@ -204,9 +231,13 @@ class ServedStore:
                 if answer.kind in (Kind.FAILED, Kind.MISSING):
                     refused.add(answer.reason)
         except ServiceError as error:
-            self._leave(error)
+            if _is_about_teaching(error):
+                self._teaches_from = time.monotonic() + AWAY_S
+                self._say(f"{error}; its teacher is asked again in {_minutes(AWAY_S)}")
+            else:
+                self._leave(error)
         for reason in sorted(refused):
-            self._say(f"{self.path} does not answer a document: {reason}")
+            self._say_once(f"{self.path} does not answer a document: {reason}")
         self._keep([record for record in found if record is not None])
         return found
 
@@ -215,46 +246,93 @@ class ServedStore:
 
     @property
     def _stack(self) -> Stack:
-        return Stack([store for store in (self._taught, self._fetched) if store is not None])
+        if self._taught is None:
+            return Stack([self._fetched])
+        used(self._path)
+        return Stack([self._taught, self._fetched])
 
     def _keep(self, records: Sequence[DocumentRecord]) -> None:
         if not records:
             return
-        if self._taught is None:
-            self._taught = create_store(self.mirror.folder / TAUGHT, self.manifest, self.vocabulary)
-        with self._taught.writer(f"taught-{os.getpid()}") as writer:
-            writer.append([record for record in records if record.key not in writer])
+        for last in (False, True):
+            if self._taught is None or not self._path.exists():  # another process may have trimmed it
+                self._taught = create_store(self._path, self.manifest, self.vocabulary)
+            try:
+                with self._taught.writer(f"run-{uuid4().hex}") as writer:
+                    writer.append([record for record in records if record.key not in writer])
+                return
+            except StoreWriteError:
+                if last or self._path.exists():
+                    raise
 
     def _reading(self, read: Callable[[], T]) -> T:
-        """Read; where the service is needed for that and does not answer, from what lies here."""
+        """Read; where the service is needed for that and does not answer, or something is damaged here, once more."""
         self._is_there()
+        trimmed = self.mirror.trimmed
         try:
             return read()
         except ServiceError as error:
             self._leave(error)
             return read()
+        except CorruptStoreError as error:
+            if self.mirror.remote is not None:
+                self.mirror.attach(self._remote)  # raises where it has become another store
+            gone = self.mirror.mend()
+            if gone:
+                fault = str(error).partition(";")[0]
+                self._say(f"{fault}; removed from {self.mirror.folder}, to be fetched again: {', '.join(gone)}")
+            self._open()
+            return read()
+        finally:
+            if self.mirror.trimmed > trimmed:
+                self._say_once(
+                    f"{self.mirror.folder} is over its budget, so what this run has fetched is removed and fetched "
+                    "again; type --overlay-gb with more"
+                )
+
+    def _open(self) -> None:
+        self._fetched = ZarrStore(self.mirror, self.path)
 
     def _is_there(self) -> bool:
         """Whether the service is asked; one that was away is tried again after some time."""
         if self.mirror.remote is None and time.monotonic() > self._away_until:
-            self._client.patience_s = PROBED_S
+            self._client.patience_s = self._client.silent_s = PROBED_S
             try:
                 facts = self._client.facts()
-                self.mirror.remote = self._remote
+                self.mirror.attach(self._remote)
                 self.teaches = bool(facts and facts.get("teaches") is True)
-                self._fetched.refresh()
+                self._open()
                 self._say(f"{self.path} answers again")
-            except ServiceError:
+            except (ServiceError, StoreError) as error:
+                if isinstance(error, StoreError):
+                    self._say_once(str(error))
                 self._away()
-            self._client.patience_s = PATIENCE_S
+            self._client.patience_s, self._client.silent_s = PATIENCE_S, SILENT_S
         return self.mirror.remote is not None
 
     def _leave(self, error: ServiceError) -> None:
         if self.mirror.remote is not None:
-            self._say(f"{error}; going on with what was fetched, and asking again in {AWAY_S / 60:.0f} minutes")
+            self._say(f"{error}; going on with what was fetched, and asking again in {_minutes(AWAY_S)}")
             self._away()
 
     def _away(self) -> None:
         self.mirror.remote = None
         self._away_until = time.monotonic() + AWAY_S
-        self._fetched.refresh()
+        self._open()
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+
+def _is_about_teaching(error: ServiceError) -> bool:
+    """Whether the service answers, and only its teacher does not."""
+    cause = error if isinstance(error, RefusedError) else error.__cause__
+    if isinstance(cause, RefusedError):
+        return cause.by_service and cause.status in TEACHING
+    return isinstance(cause, ServiceError)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes"

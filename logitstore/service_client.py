@@ -1,13 +1,15 @@
 """Speaks HTTP to a service, or to a plain web server: the only file that does, with `httpx2`.
 
 Asks again where that may help: a connection that fails or is cut, 429 and 5xx with the wait that the server names, each
-wait twice as long as the one before and never the same for two clients. What does not answer within `patience_s` in
-all is `ServiceLostError`; what is refused is told as the server tells it.
+wait twice as long as the one before and never the same for two clients. A file that was cut goes on where it was. What
+brings nothing new within `patience_s` is `ServiceLostError`; what is refused is told as the server tells it. Everything
+that a server may send is bounded.
 """
 
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,11 +30,16 @@ CONNECT_S, SILENT_S = 10.0, 60.0
 PATIENCE_S = 10.0
 """Of a command that somebody waits for; a training run has more."""
 FIRST_WAIT_S, LAST_WAIT_S = 0.25, 15.0
+BUSY_S = 1800.0
+"""A service that says 429 is there, and has much to do: so long it is asked again for answers of its teacher."""
 AGAIN = {408, 425, 429, 500, 502, 503, 504, 507}
-MOST_JSON_BYTES, MOST_ERROR_BYTES = 64 << 20, 1 << 16
+MOST_JSON_BYTES, MOST_ERROR_BYTES = 8 << 20, 1 << 16
 MOST_DOCUMENTS, MOST_TOKENS = 64, 1 << 15
-"""Documents and their tokens that are asked for in one request."""
-PIECE = 1 << 16
+"""Documents and their tokens that are asked for in one request; a longer document is not asked for."""
+MOST_REASON = 500
+SHARD = re.compile("[0-9a-f]{16}")
+IDENTITY = {"Accept-Encoding": "identity"}
+"""Of files: what was cut can only go on where the bytes that are sent are the file's own."""
 
 T = TypeVar("T")
 
@@ -58,24 +65,29 @@ class ServiceClient:
     ) -> None:
         self.url = url.rstrip("/")
         base, _, self.name = self.url.rpartition("/")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or base.endswith(":/") or parts.query:
+        if not _is_url(self.url) or base.endswith(":/"):
             raise ConfigError(f"{url} is not the URL of a store; type one such as https://HOST:8470/NAME")
-        self.api = f"{base}/v1/stores/{quote(self.name)}"
+        self.api = f"{base}/v1/stores/{quote(self.name, safe='%')}"
         token = os.environ.get(TOKEN, "") if token is None else token
         if not token.isascii() or not token.isprintable():
             raise ConfigError(f"{TOKEN} is no token: `logitstore token new` prints one")
         self.patience_s = PATIENCE_S if patience_s is None else patience_s
+        self.silent_s = SILENT_S
+        """So long an answer may stop for."""
         self._sleep = sleep
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx2.Timeout(SILENT_S, connect=CONNECT_S),
             limits=httpx2.Limits(max_connections=16),
         )
 
     def close(self) -> None:
         """Close its connections."""
-        self._client.close()
+        client = getattr(self, "_client", None)
+        if client is not None:
+            client.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def facts(self) -> dict[str, Any] | None:
         """What the service says of the store; None where this is a plain web server.
@@ -86,12 +98,17 @@ class ServiceClient:
         try:
             found = self.json("GET", self.api)
         except RefusedError as error:
-            if error.by_service and error.status != 404:
+            if error.by_service and (error.status != 404 or not self._has_root()):
                 raise
             return None
         except WireError:
             return None  # a web server that answers everything with a page
         return found if isinstance(found, dict) and "teacher_state" in found else None
+
+    def _has_root(self) -> bool:
+        with suppress(FileNotFoundError, WireError):
+            return self.size("zarr.json") > 0
+        return False
 
     def shards(self) -> list[str]:
         """The names of the store's shards.
@@ -101,7 +118,7 @@ class ServiceClient:
         """
         found = self.json("GET", f"{self.api}/shards")
         names = found.get("shards") if isinstance(found, dict) else None
-        if not isinstance(names, list) or not all(isinstance(name, str) and name.isalnum() for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
             raise WireError(f"{self.api}/shards says what no service says")
         return names
 
@@ -130,57 +147,45 @@ class ServiceClient:
             FileNotFoundError: there is none.
             ServiceLostError, ServiceError: as their names say.
         """
-        ranged = start > 0 or stop is not None
-        headers = {"Range": f"bytes={start}-{'' if stop is None else max(stop - 1, start)}"} if ranged else {}
+        return b"".join(self.stream(name, start, stop))
 
-        def once() -> bytes:
-            with self.answer("GET", self.file_url(name), headers=headers, besides={416}) as response:
-                if response.status_code == 416:
-                    return b""
-                whole = response.status_code == 200
-                most = None if stop is None else stop if whole else stop - start
-                data = b"".join(_first(bounded(response), most))
-                return data[start:stop] if ranged and whole else data
-
-        try:
-            return self.again(once, name)
-        except NotThereError:
-            raise FileNotFoundError(2, "no such file", f"{self.url}/{name}") from None
-
-    def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes start .. stop - 1 of a file of the store in pieces, as they come; fewer where it ends before.
-
-        What is cut is asked for again from there on.
+    def stream(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """The same a piece after the other, each once, however often the connection is cut.
 
         Raises:
             FileNotFoundError: there is none.
-            ServiceLostError, ServiceError: as for `read`.
+            ServiceLostError, ServiceError: as their names say.
         """
-        waits, at = self._waits(name), start
-        while True:
+        at, waits = start, self._waits(name)
+        while stop is None or at < stop:
             before = at
+            asked = {"Range": f"bytes={at}-{'' if stop is None else stop - 1}"} if at or stop is not None else {}
             try:
-                headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={at}-"} if at else {})
-                with self.answer("GET", self.file_url(name), headers=headers) as response:
-                    begin = at if response.status_code == 206 else 0
-                    if begin and not response.headers.get("content-range", "").startswith(f"bytes {at}-"):
-                        raise WireError(f"{name} is sent from another byte on than was asked for")
+                with self.answer("GET", self.file_url(name), headers=IDENTITY | asked, besides={416}) as response:
+                    if response.status_code == 416:
+                        return
+                    known = at if response.status_code == 200 else 0  # a server that knows no ranges sends all of it
+                    if not known and at and not response.headers.get("content-range", "").startswith(f"bytes {at}-"):
+                        raise WireError(f"{name} of {self.url} is sent from another byte on than was asked for")
                     for piece in response.iter_bytes():
-                        wanted = piece[max(at - begin, 0) : max(stop - begin, 0)]
-                        begin += len(piece)
-                        at += len(wanted)
-                        yield wanted
-                        if at >= stop:
+                        fresh = piece[known : None if stop is None else known + stop - at]
+                        known = max(known - len(piece), 0)
+                        at += len(fresh)
+                        yield fresh
+                        if stop is not None and at >= stop:
                             return
                     return
             except NotThereError:
                 raise FileNotFoundError(2, "no such file", f"{self.url}/{name}") from None
-            except (httpx2.TransportError, httpx2.DecodingError, RefusedError) as error:
-                if isinstance(error, RefusedError) and error.status not in AGAIN:
+            except RefusedError as error:
+                if error.status not in AGAIN:
                     raise
-                if at > before:
-                    waits = self._waits(name)  # it goes on: patience begins anew
-                waits(error)
+                fault: Exception = error
+            except (httpx2.TransportError, httpx2.DecodingError) as error:
+                fault = error
+            if at > before:
+                waits = self._waits(name)  # it goes on: patience begins anew
+            waits(fault)
 
     def put(self, url: str, pieces: Iterator[bytes]) -> None:
         """Send a body, once. What the pieces raise goes through.
@@ -207,7 +212,7 @@ class ServiceClient:
         """
 
         def once() -> int:
-            with self.answer("HEAD", self.file_url(name)) as response:
+            with self.answer("HEAD", self.file_url(name), headers=IDENTITY) as response:
                 length = response.headers.get("content-length", "")
                 if not length.isdecimal():
                     raise WireError(f"{name} has no length")
@@ -230,8 +235,15 @@ class ServiceClient:
         Raises:
             ServiceLostError, ServiceError: as their names say; what came before holds.
         """
-        left = dict(enumerate(documents))
+        left = {}
+        for number, document in enumerate(documents):
+            if len(document) <= MOST_TOKENS:
+                left[number] = document
+            else:
+                reason = f"a document of {len(document):,} tokens, and at most {MOST_TOKENS:,} are answered"
+                yield Answer(number, Kind.FAILED, reason=reason)
         waits = self._waits(f"{self.api}/targets")
+        busy = self._waits(f"{self.api}/targets", max(BUSY_S, self.patience_s))
         while left:
             some = _as_many_as_may(left)
             before = len(left)
@@ -240,14 +252,15 @@ class ServiceClient:
                     if answer.kind != Kind.FULL and left.pop(answer.document, None) is not None:
                         yield answer
                 fault: Exception = ServiceLostError("the service cannot keep its answers")
-            except (httpx2.TransportError, WireError, RefusedError) as error:
+            except (httpx2.TransportError, httpx2.DecodingError, WireError, RefusedError) as error:
                 if isinstance(error, RefusedError) and error.status not in AGAIN:
                     raise
                 fault = error
-            if len(left) < before:
-                waits = self._waits(f"{self.api}/targets")  # it goes on: patience begins anew
+            if len(left) < before:  # it goes on: patience begins anew
+                waits = self._waits(f"{self.api}/targets")
+                busy = self._waits(f"{self.api}/targets", max(BUSY_S, self.patience_s))
             if any(number in left for number in some):
-                waits(fault)
+                (busy if isinstance(fault, RefusedError) and fault.status == 429 else waits)(fault)
 
     def _ask_once(
         self, documents: Mapping[int, npt.NDArray[np.integer]], recipe: Recipe, fingerprint: str, *, teach: bool
@@ -256,7 +269,7 @@ class ServiceClient:
         rows = [documents[number].tolist() for number in numbers]
         body = json.dumps({"documents": rows, "fingerprint": fingerprint, "teach": teach}).encode()
         with self.answer("POST", f"{self.api}/targets", body) as response:
-            for answer in read_answers(response.iter_bytes(PIECE), list(documents.values()), recipe):
+            for answer in read_answers(response.iter_bytes(), list(documents.values()), recipe):
                 yield Answer(numbers[answer.document], answer.kind, answer.record, answer.reason)
 
     @contextmanager
@@ -277,7 +290,9 @@ class ServiceClient:
             NotThereError, RefusedError: 404; another status that is none of success.
             httpx2.TransportError: no answer, or one that was cut.
         """
-        with self._client.stream(method, url, content=content, headers=dict(headers or {})) as response:
+        timeout = httpx2.Timeout(self.silent_s, connect=min(CONNECT_S, self.silent_s))
+        sent = dict(headers or {})
+        with self._client.stream(method, url, content=content, headers=sent, timeout=timeout) as response:
             if not response.is_success and response.status_code not in besides:
                 raise _refusal(url, response)
             yield response
@@ -299,16 +314,17 @@ class ServiceClient:
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 waits(error)
 
-    def _waits(self, what: str) -> Callable[[Exception], None]:
+    def _waits(self, what: str, patience_s: float | None = None) -> Callable[[Exception], None]:
         """A function that waits before the next attempt, or raises ServiceLostError when patience has ended."""
         started, attempt = time.monotonic(), 0
+        patience_s = self.patience_s if patience_s is None else patience_s
 
         def wait(error: Exception) -> None:
             nonlocal attempt
             wait_s = min(FIRST_WAIT_S * 2**attempt, LAST_WAIT_S) * (0.5 + random.random())
             if isinstance(error, RefusedError):
                 wait_s = max(wait_s, error.wait_s)
-            if time.monotonic() + wait_s - started > self.patience_s:
+            if time.monotonic() + wait_s - started > patience_s:
                 why = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {first_line(error)}"
                 raise ServiceLostError(
                     f"{what} of {self.url} does not answer, asked {attempt + 1} times ({why}); is the service up?"
@@ -331,40 +347,47 @@ class NotThereError(RefusedError):
     """404."""
 
 
-def bounded(response: httpx2.Response, most: int | None = None) -> Iterator[bytes]:
-    """The pieces of a body, held against the length that it said, or against `most` bytes.
+def bounded(response: httpx2.Response, most: int) -> Iterator[bytes]:
+    """The pieces of a body of at most so many bytes.
 
     Raises:
         WireError: it is longer.
     """
     taken = 0
-    for piece in response.iter_bytes(PIECE):
+    for piece in response.iter_bytes():
         taken += len(piece)
-        if most is not None and taken > most:
+        if taken > most:
             raise WireError(f"an answer of more than {most:,} bytes")
         yield piece
-
-
-def _first(pieces: Iterator[bytes], most: int | None) -> Iterator[bytes]:
-    """Pieces of so many bytes, or some more; what follows is not read."""
-    taken = 0
-    for piece in pieces:
-        yield piece
-        taken += len(piece)
-        if most is not None and taken >= most:
-            return
 
 
 def _refusal(url: str, response: httpx2.Response) -> RefusedError:
     by_service, why = False, response.reason_phrase or "no reason given"
     with suppress(ValueError, KeyError, TypeError, RecursionError, WireError, httpx2.TransportError):
         body = b"".join(bounded(response, MOST_ERROR_BYTES))
-        by_service, why = True, " ".join(str(json.loads(body)["error"]).split())[:500]
+        by_service, why = True, one_line(json.loads(body)["error"])
     kind = NotThereError if response.status_code == 404 else RefusedError
     asked = response.headers.get("retry-after", "")
     wait_s = min(float(asked), LAST_WAIT_S) if asked.isdecimal() else 0.0
     status = response.status_code
+    if status == 401 and TOKEN not in why:
+        why = f"{why}; set {TOKEN} to a token, which whoever runs the service makes with `logitstore token new`"
     return kind(f"{url} answers {status}: {why}", status, wait_s, by_service=by_service)
+
+
+def one_line(text: object) -> str:
+    """What a server says, as a line that moves no cursor."""
+    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:MOST_REASON]
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        whole = parts.port is None or parts.port > 0
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL):
+        return False
+    return whole and parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
 
 
 def _as_many_as_may(left: Mapping[int, npt.NDArray[np.integer]]) -> dict[int, npt.NDArray[np.integer]]:

@@ -30,7 +30,7 @@ def open_store(path: str | PathLike[str]) -> Store:
         ServiceError: a server refuses, or does not answer.
     """
     if is_url(path):
-        return ZarrStore(_remote_files(str(path)), str(path))
+        return ZarrStore(files_at(path), str(path))
     place = Path(path).expanduser()
     if is_lmdb_store(place):
         from logitstore.lmdb_store import LmdbStore
@@ -44,13 +44,26 @@ def is_url(path: str | PathLike[str]) -> bool:
     return isinstance(path, str) and re.match(r"[a-z0-9]+://", path) is not None
 
 
+def files_at(path: str | PathLike[str]) -> Files:
+    """The files of a store in a folder, a zip file or behind a URL.
+
+    Raises:
+        StoreNotFoundError, StoreFormatError, ServiceError: as for `open_store`.
+    """
+    return _remote_files(str(path)) if is_url(path) else files_of(Path(path).expanduser())
+
+
 def _remote_files(url: str) -> Files:
     if url.startswith(("http://", "https://")):
         from logitstore.http_files import HttpFiles
         from logitstore.service_client import ServiceClient
 
         client = ServiceClient(url)
-        return HttpFiles(client, lists=client.facts() is not None)
+        try:
+            return HttpFiles(client, lists=client.facts() is not None)
+        except BaseException:
+            client.close()
+            raise
     if url.startswith("hf://"):
         from logitstore.hub import hub_source
 

@@ -4,6 +4,7 @@ Names what is bad and goes on. What is being written (names that begin with a do
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,24 @@ import numpy as np
 from tqdm import tqdm
 
 from logitstore.entries import read_entry, read_root, shard_name
-from logitstore.errors import CorruptStoreError
-from logitstore.files import Files
+from logitstore.errors import CorruptStoreError, StoreFormatError
+from logitstore.files import CannotList, Files
 from logitstore.index import block_counts, block_hashes
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.saved_maps import map_folders, map_problems
-from logitstore.sealed import DAMAGED, GROUP, Problem, file_problems, read_group, unseal_group
+from logitstore.sealed import (
+    DAMAGED,
+    GROUP,
+    FileEntries,
+    Problem,
+    are_file_entries,
+    file_problems,
+    read_group,
+    unseal_group,
+)
 from logitstore.shard import Shard
-from logitstore.store import files_of, is_lmdb_store
+from logitstore.store import files_at, is_lmdb_store, is_url
 from logitstore.stored_index import FOLDER, read_index
 
 STRAY = "is not part of the store"
@@ -36,34 +46,39 @@ class VerifyReport:
     problems: list[Problem]
 
 
-def verify(path: Path, *, quiet: bool = False) -> VerifyReport:
-    """Check all of a store in a folder, a zip file or an LMDB file.
+def verify(path: str | Path, *, quiet: bool = False) -> VerifyReport:
+    """Check all of a store in a folder, a zip file, an LMDB file or behind a URL.
 
     A store is good when each file has the digest that its shard's entry (or the root, or the index) names, no file is
-    there that nobody names, each document's key is the hash of its tokens, and each record decodes.
+    there that nobody names, each document's key is the hash of its tokens, and each record decodes. Over HTTP, which
+    lists no files, those that are named are checked.
 
     Raises:
         StoreNotFoundError, StoreFormatError: there is nothing here to verify.
+        ServiceError: a server refuses, or does not answer.
     """
-    if is_lmdb_store(path):
+    if not is_url(path) and is_lmdb_store(Path(path).expanduser()):
         from logitstore.lmdb_verify import verify_lmdb
 
-        return verify_lmdb(path, quiet=quiet)
-    files = files_of(path)
+        return verify_lmdb(Path(path).expanduser(), quiet=quiet)
+    files = files_at(path)
     problems: list[Problem] = []
     documents, positions = 0, 0
     manifest: Manifest | None = None
-    there = files.names()
-    shards: dict[str, set[str]] = {name: set() for name in files.folders("shards")}
+    try:
+        there = files.names()
+    except CannotList:
+        there = _named(files, path)
+    shards: dict[str, set[str]] = {name: set() for name in _shards(files, path)}
     for file in there:
         match file.split("/"):
-            case ["shards", name, _, *_]:
+            case ["shards", name, _, *_] if name in shards:
                 shards[name].add(file)
     try:
         root = read_root(files, path)
         manifest = root.manifest
         problems += file_problems(files, "", root.files)
-        indexed, found = _index_problems(files, path, set(shards))
+        indexed, found = _index_problems(files, path, set(shards), there)
         problems += found
         measured = f"fidelity/{GROUP}"
         problems += _fidelity_problems(files, measured)
@@ -95,9 +110,34 @@ def verify(path: Path, *, quiet: bool = False) -> VerifyReport:
     return VerifyReport(len(there), documents, positions, problems)
 
 
-def _index_problems(files: Files, path: Path, shards: set[str]) -> tuple[set[str], list[Problem]]:
+def _shards(files: Files, path: str | Path) -> set[str]:
+    try:
+        return files.folders("shards")
+    except CannotList as error:
+        index = read_index(files, path)
+        if index is None:
+            raise StoreFormatError(f"{path} has no index, so a plain web server does not tell what is there") from error
+        return set(index.shards)
+
+
+def _named(files: Files, path: str | Path) -> list[str]:
+    """The files that the store itself names, as far as they are there."""
+    with suppress(CorruptStoreError):
+        groups: dict[str, FileEntries] = {"": read_root(files, path).files}
+        for folder in (FOLDER, "fidelity", *(f"shards/{name}" for name in sorted(_shards(files, path)))):
+            with suppress(CorruptStoreError, FileNotFoundError):  # told where it is checked
+                entries = unseal_group(read_group(files, folder), folder).get("files")
+                groups[f"{folder}/"] = entries if are_file_entries(entries) else {}
+        named = {folder + name for folder, entries in groups.items() for name in (GROUP, *entries)}
+        return sorted(name for name in named if not name.startswith("."))
+    return []
+
+
+def _index_problems(
+    files: Files, path: str | Path, shards: set[str], there: list[str]
+) -> tuple[set[str], list[Problem]]:
     """The files of the index, and what is wrong with it; a shard that only the index knows has been taken away."""
-    mine = {f"{FOLDER}/{name}" for name in files.names(FOLDER)}
+    mine = {name for name in there if name.startswith(f"{FOLDER}/")}
     if not mine:
         return set(), []
     try:

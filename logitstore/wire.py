@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore.errors import WireError
-from logitstore.lmdb_records import Record, encode
+from logitstore.lmdb_records import Record, encode, most_record_bytes
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.streams import Ranks
 
 MEDIA_TYPE = "application/vnd.logitstore.records"
-MOST_PAYLOAD_BYTES = 1 << 28
+MOST_REASON_BYTES = 1 << 12
+MOST_WAITS = 1 << 13
+"""In one answer: hours, at the pace of a service."""
 NO_TABLE = (1 << 32) - 1
 _HEAD = struct.Struct("<IBI")
 _DIGEST_BYTES = 16
@@ -91,11 +93,13 @@ def read_answers(
         del buffer[:count]
         return taken
 
-    while True:
+    longest = max(map(len, documents), default=2) - 1
+    most = MOST_REASON_BYTES + recipe_bytes(longest, recipe)
+    for _ in range(MOST_WAITS + len(documents)):
         head = take(_HEAD.size)
         number, kind, size = _HEAD.unpack(head)
-        if size > MOST_PAYLOAD_BYTES:
-            raise WireError(f"a frame of {size:,} bytes")
+        if size > most:
+            raise WireError(f"a frame of {size:,} bytes, where {most:,} are enough for every answer")
         digest, payload = take(_DIGEST_BYTES), take(size)
         if blake2b(head + payload, digest_size=_DIGEST_BYTES).digest() != digest:
             raise WireError("a frame that is not what was sent")
@@ -104,6 +108,7 @@ def read_answers(
         if kind == Kind.WAIT:
             continue
         yield _answer(number, kind, payload, documents, recipe)
+    raise WireError("an answer that does not end")
 
 
 def _answer(
@@ -119,6 +124,12 @@ def _answer(
         return Answer(number, Kind(kind), record)
     except (ValueError, IndexError, struct.error) as error:
         raise WireError(f"an answer that cannot be read ({error})") from error
+
+
+def recipe_bytes(positions: int, recipe: Recipe) -> int:
+    """Bytes of a record of so many positions, which compression does not make longer than by a little."""
+    parts = recipe.sets + 1 + len(recipe.hidden_layers)
+    return parts * (most_record_bytes(positions, recipe) * 9 // 8 + 1024)
 
 
 @lru_cache(maxsize=4)

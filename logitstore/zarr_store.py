@@ -5,7 +5,7 @@ documents where the index does not know it yet.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -147,7 +147,7 @@ class ZarrStore:
     def plane_bytes(self) -> dict[str, int]:
         """The same for each kind of array, and for metadata."""
         planes: dict[str, int] = {}
-        for name in self._names():
+        for name, size in self._sizes():
             parts = name.split("/")
             if parts[-1] == GROUP:
                 plane = "metadata"
@@ -155,8 +155,7 @@ class ZarrStore:
                 plane = parts[2]
             else:
                 plane = "vocabulary-maps" if parts[0].startswith(MAP_PREFIX) else parts[0]
-            with suppress(FileNotFoundError):  # another process has replaced the index since
-                planes[plane] = planes.get(plane, 0) + self.files.size(name)
+            planes[plane] = planes.get(plane, 0) + size
         return planes
 
     def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
@@ -367,14 +366,19 @@ class ZarrStore:
             raise StoreWriteError(f"{self.path} can only be read; type a folder, as in --out store.zarr")
         return self.files.root
 
-    def _names(self) -> list[str]:
-        """Every file that is part of the store."""
+    def _sizes(self) -> Iterator[tuple[str, int]]:
+        """Every file that is part of the store, and its bytes; over plain HTTP as the store itself says."""
         try:
-            return self.files.names()
+            for name in self.files.names():
+                with suppress(FileNotFoundError):  # another process has replaced the index since
+                    yield name, self.files.size(name)
         except CannotList:
             groups = {"": self.root.files, **({FOLDER: self.catalog.index.files} if self.catalog.index else {})}
             groups |= {f"shards/{name}": self.shard(name).entry.files for name in self.shard_names}
-            return [f"{folder}/{name}".lstrip("/") for folder, files in groups.items() for name in (GROUP, *files)]
+            for folder, files in sorted(groups.items()):
+                group = f"{folder}/{GROUP}".lstrip("/")
+                yield group, self.files.size(group)
+                yield from ((f"{folder}/{name}".lstrip("/"), entry["bytes"]) for name, entry in files.items())
 
     def _read(self, shard: Shard, document: int, count: int, temperature: float | None, replica: int) -> SparseTargets:
         recipe = self.manifest.recipe

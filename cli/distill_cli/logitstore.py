@@ -10,7 +10,6 @@ import click
 from distill_cli import moving, service
 from distill_cli.outcome import one_line_errors, say_blas
 
-STORE = click.argument("store", type=click.Path(path_type=Path))
 READ = click.argument("store")  # as it was typed: it may be a URL
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 TEACHER = "An mlx-lm model folder, a .gguf file, or a hub id."
@@ -150,7 +149,7 @@ def info(store: str, as_json: bool) -> None:
 
 
 @main.command()
-@STORE
+@READ
 @JSON
 @click.option("--repair", "mend", is_flag=True, help="Quarantine what is damaged; with a teacher, compute it again.")
 @click.option("--live", type=click.IntRange(min=1), help="Ask the teacher again for N documents chosen at random.")
@@ -164,7 +163,7 @@ def info(store: str, as_json: bool) -> None:
 )
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def verify(
-    store: Path,
+    store: str,
     as_json: bool,
     mend: bool,
     live: int | None,
@@ -197,7 +196,7 @@ def verify(
         if mend:
             from logitstore.repair import repair
 
-            done = repair(store, asked, dataset=dataset, split=split, max_length=max_length, quiet=quiet)
+            done = repair(Path(store), asked, dataset=dataset, split=split, max_length=max_length, quiet=quiet)
             facts["repair"] = done.to_json()
             if not as_json:
                 click.echo(done.to_text(), nl=False)
@@ -222,11 +221,10 @@ def verify(
     sys.exit(1 if report.problems or (replay is not None and not replay.ok) else 0)
 
 
-def _teacher(store: Path, source: str, adapter_path: str | None, quiet: bool) -> Any:
-    from logitstore.store import files_of, is_lmdb_store
+def _teacher(store: str, source: str, adapter_path: str | None, quiet: bool) -> Any:
+    from logitstore.store import open_store
 
-    if not is_lmdb_store(store):
-        files_of(store)  # a path that is none is told before a teacher is loaded
+    open_store(store)  # a path that is none is told before a teacher is loaded
     say_blas()
     from logitstore.teacher import Teacher
 

@@ -40,19 +40,46 @@ def merge(stores: tuple[str, ...], out: Path, quiet: bool) -> None:
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("place", metavar="[STORE|DIR]", type=click.Path(path_type=Path), required=False)
+@click.option("--overlay", is_flag=True, help="Of what was fetched from services: DIR, else the user's cache folder.")
+@click.option("--overlay-gb", type=float, default=20, show_default=True, help="So much of that may stay.")
 @click.option("--dry-run", is_flag=True, help="List what would go; remove nothing.")
-def gc(store: Path, dry_run: bool) -> None:
-    """Remove what killed commands have left in a store and beside it; what a running one holds stays."""
+def gc(place: Path | None, overlay: bool, overlay_gb: float, dry_run: bool) -> None:
+    """Remove what killed commands have left in a store and beside it; what a running one holds stays.
+
+    With --overlay, remove of the stores that were fetched from services what was used longest ago.
+    """
     with one_line_errors("What was removed is gone; type the same command to go on."):
+        if overlay:
+            _gc_overlay(place, overlay_gb, dry_run=dry_run)
+            return
+        if place is None:
+            raise click.UsageError("a store is missing; type its path, or --overlay for what was fetched.")
         from logitstore.gc import gc as run
 
-        report = run(store.expanduser(), dry_run=dry_run)
+        report = run(place.expanduser(), dry_run=dry_run)
         for leftover in report.removed:
             click.echo(f"{leftover.path}: {leftover.size_bytes:,} bytes, {leftover.why}")
         for leftover in report.kept:
             click.echo(f"{leftover.path}: kept, {leftover.why}")
         click.echo(f"{report.freed_bytes:,} bytes {'to free' if dry_run else 'freed'}")
+
+
+def _gc_overlay(place: Path | None, overlay_gb: float, *, dry_run: bool) -> None:
+    from logitstore.overlay import default_overlay, gc_overlay
+
+    overlay = default_overlay() if place is None else place.expanduser()
+    if not 0 <= overlay_gb < float("inf"):
+        raise click.UsageError(f"--overlay-gb is {overlay_gb:g}, expected a number of at least 0.")
+    report = gc_overlay(overlay, round(overlay_gb * 1e9), dry_run=dry_run)
+    verb = "to free" if dry_run else "freed"
+    for url in sorted({each.url for each in (*report.gone, *report.stays)}):
+        gone, stays = (sum(e.size_bytes for e in part if e.url == url) for part in (report.gone, report.stays))
+        click.echo(f"{url}: {gone:,} bytes {verb}, {stays:,} stay")
+    if report.left_bytes:
+        click.echo(f"{report.left_bytes:,} bytes that killed commands have left")
+    whole = report.left_bytes + sum(each.size_bytes for each in report.gone)
+    click.echo(f"{overlay}: {whole:,} bytes {verb}, {sum(each.size_bytes for each in report.stays):,} stay")
 
 
 @click.command(name="import")

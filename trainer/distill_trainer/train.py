@@ -72,9 +72,9 @@ PROBED = 1000
 def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
     """Train a student and save it to `config.out`.
 
-    After the first step, Ctrl-C, a store that fails or a teacher that is lost ends the run early, and what was learned
-    and a checkpoint are saved; before it, nothing is left behind. With `config.resume` a run goes on from its last
-    checkpoint as if it had never stopped. Among several processes, the first alone speaks and writes.
+    After the first step, Ctrl-C, a store that fails, a teacher that is lost or a miss ends the run early, and what was
+    learned and a checkpoint are saved; before it, nothing is left behind. With `config.resume` a run goes on from its
+    last checkpoint as if it had never stopped. Among several processes, the first alone speaks and writes.
 
     Args:
         say: takes one line of text at a time for the user.
@@ -153,7 +153,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
                 tracking = tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say)
                 with among.together(), tracking as track:
                     run_steps(parts, checkpoints, run, track)
-            except (KeyboardInterrupt, StoreError, TeacherLostError, ProcessLostError) as error:
+            except (KeyboardInterrupt, MissingTargetsError, StoreError, TeacherLostError, ProcessLostError) as error:
                 if not run.steps:
                     raise
                 run.interrupted, failure = True, error
@@ -167,8 +167,9 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             among.wait()
     if isinstance(failure, ProcessLostError) and not among.first:
         raise failure
-    if isinstance(failure, StoreError | TeacherLostError | ProcessLostError):
-        go_on = "; --resume goes on from there" if isinstance(failure, TeacherLostError) else ""
+    if isinstance(failure, MissingTargetsError | StoreError | TeacherLostError | ProcessLostError):
+        resumes = isinstance(failure, TeacherLostError | MissingTargetsError)
+        go_on = "; --resume goes on from there" if resumes else ""
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}{go_on}") from failure
     return run
 
@@ -222,7 +223,8 @@ def run_steps(
     answers = answered_batches(parts, skip=report.steps * config.grad_accumulation_steps)
     asks = source is not None and source.asks
     if not asks:  # else two threads would share the GPU
-        answers = prefetched(answers, AHEAD)
+        left = (config.iters - report.steps) * config.grad_accumulation_steps  # nobody is asked for what is not used
+        answers = prefetched(islice(answers, left), AHEAD)
     step = nn.value_and_grad(
         model, lambda losses, batch: with_methods(partial(batch_loss, head, losses), methods, batch)
     )
