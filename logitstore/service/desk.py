@@ -98,17 +98,22 @@ class Desk:
         load: loads the teacher, in the desk's own thread, where MLX then stays.
         most_tokens: so many may wait.
         say: takes a line of text for the log.
+        stores: those that are there when it has loaded; whether it is theirs is known before anybody asks.
     """
 
     def __init__(
-        self, load: Callable[[], Answering], most_tokens: int, say: Callable[[str], object] = lambda _: None
+        self,
+        load: Callable[[], Answering],
+        most_tokens: int,
+        say: Callable[[str], object] = lambda _: None,
+        stores: Callable[[], Sequence[Served]] = tuple,
     ) -> None:
         self.most_tokens = most_tokens
         self.state = "loading"
         self.taught = 0
         """Documents that the teacher has computed."""
         self.failed = 0
-        self._load, self._say = load, say
+        self._load, self._say, self._stores = load, say, stores
         self._waiting: OrderedDict[_Name, _Asked] = OrderedDict()
         self._working: dict[_Name, _Asked] = {}
         self._identity: Manifest | None = None
@@ -196,6 +201,11 @@ class Desk:
     def _run(self) -> None:
         try:
             teacher = self._load()
+            for served in self._stores():
+                try:
+                    self._require_fit(teacher, served)
+                except CannotTeachError as error:
+                    self._say(str(error))
         except Exception as error:  # whatever a model, a disk or a device gives
             self._lose(CannotTeachError(f"the teacher does not load: {first_line(error)}"))
             return
@@ -309,16 +319,9 @@ class Desk:
         _require_there(served)
         if served in self._writers:
             return self._writers[served]
-        manifest = served.store.manifest
-        recipe = replace(manifest.recipe, vocab_size=teacher.vocab_size)
-        self._identity = self._identity or teacher.manifest(recipe)  # which reads all weights
-        try:
-            manifest.require_teacher(replace(self._identity, recipe=recipe), served.name)
-        except StoreError as error:
-            self._unfit[served] = str(error)
-            raise CannotTeachError(f"this service's teacher does not teach {served.name}: {error}") from error
+        self._require_fit(teacher, served)
         own = ZarrStore(LocalFiles(served.path), served.path)
-        own.manifest.require_compatible(manifest, served.path)
+        own.manifest.require_compatible(served.store.manifest, served.path)
         for number in range(WRITERS):
             try:
                 writer = ShardWriter(own, f"service-{number}")
@@ -329,6 +332,17 @@ class Desk:
             self._writers[served] = writer
             return writer
         raise AssertionError("the last one is returned or raises")
+
+    def _require_fit(self, teacher: Answering, served: Served) -> None:
+        """Raise CannotTeachError where a store was built by another teacher, and remember why."""
+        manifest = served.store.manifest
+        recipe = replace(manifest.recipe, vocab_size=teacher.vocab_size)
+        self._identity = self._identity or teacher.manifest(recipe)  # which reads all weights
+        try:
+            manifest.require_teacher(replace(self._identity, recipe=recipe), served.name)
+        except StoreError as error:
+            self._unfit[served] = str(error)
+            raise CannotTeachError(f"this service's teacher does not teach {served.name}: {error}") from error
 
     def _commit(self) -> None:
         """Make shards of what is kept, and an index of them."""

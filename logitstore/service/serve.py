@@ -18,7 +18,7 @@ from logitstore.service.access import Access
 from logitstore.service.app import create_app
 from logitstore.service.connections import UVICORN
 from logitstore.service.desk import WRITERS, Answering, Desk
-from logitstore.service.shelf import Shelf
+from logitstore.service.shelf import Served, Shelf
 from logitstore.service.tokens import TokenFile
 from logitstore.zarr_store import ZarrStore
 
@@ -103,7 +103,7 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
 
     desk = None
     if config.teacher is not None:
-        desk = Desk(_loader(config.teacher, config.adapter_path), config.queue_tokens, stamped)
+        desk = Desk(_loader(config.teacher, config.adapter_path), config.queue_tokens, stamped, lambda: readable(shelf))
     try:
         server = uvicorn.Server(
             uvicorn.Config(
@@ -164,12 +164,20 @@ def allow_files() -> None:
 
 def take_over(shelf: Shelf) -> None:
     """Show readers what a service that was killed had kept."""
-    for name in shelf.names():
-        with suppress(StoreError):  # a damaged store is told when it is asked for
-            served = shelf.get(name)
+    for served in readable(shelf):
+        with suppress(StoreError):
             store = ZarrStore(LocalFiles(served.path), served.path)
             for number in range(WRITERS if served.writable else 0):
                 commit_leftovers(store, f"service-{number}")
+
+
+def readable(shelf: Shelf) -> list[Served]:
+    """The stores that can be opened; a damaged one is told when it is asked for."""
+    found = []
+    for name in shelf.names():
+        with suppress(StoreError):
+            found.append(shelf.get(name))
+    return found
 
 
 def _loader(source: str, adapter_path: str | None) -> Callable[[], Answering]:
