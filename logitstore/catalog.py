@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from logitstore.entries import ShardEntry, damaged
 from logitstore.errors import IncompatibleStoreError, StoreFormatError
-from logitstore.files import CannotList, Files
+from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.index import EMPTY, Table, block_counts, block_ends, common_length, find, key_hash, key_hashes
 from logitstore.key import document_key
 from logitstore.manifest import Manifest
@@ -55,6 +55,11 @@ class Catalog:
         """
         index = self.index or read_index(self._files, self._path)
         there = self._listed(index)
+        if not there.issuperset(self.names):  # one that was taken away may come back, computed again
+            self._open.clear()
+            self._checked.clear()
+            if isinstance(self._files, LocalFiles):
+                self._files.close()
         if index is not None and not index.known <= there:
             index = None  # a shard was taken away: what the index says of the others may be read from them
         indexed = index.shards if index else []

@@ -10,9 +10,9 @@ from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError, CorruptStoreError, StoreWriteError
 from logitstore.files import LocalFiles
 from logitstore.incoming import Incoming, WrongOffsetError, write_all
+from logitstore.moved import Pieces, Source
 from logitstore.parts import Part, folder_of
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
-from logitstore.transfer import Pieces, Source
 from logitstore.zarr_store import ZarrStore
 
 SUFFIXES = (".zip", ".lmdb")
@@ -21,7 +21,7 @@ SPARE_BYTES = 16 << 20
 
 
 class FolderDestination:
-    """See `transfer.Destination`."""
+    """See `moved.Destination`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,18 +52,18 @@ class FolderDestination:
 
     @property
     def where(self) -> str:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         return str(self.path)
 
     def root(self) -> bytes | None:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         try:
             return read_group(self._files)
         except FileNotFoundError:
             return None
 
     def digests(self, names: list[str]) -> dict[str, str]:
-        """See `transfer.Destination`.
+        """See `moved.Destination`.
 
         Raises:
             CorruptStoreError: a part that is there is damaged.
@@ -84,7 +84,7 @@ class FolderDestination:
         return found
 
     def require_room(self, size_bytes: int) -> None:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         free = shutil.disk_usage(self.path).free
         if free < size_bytes + SPARE_BYTES:
             raise StoreWriteError(
@@ -93,11 +93,11 @@ class FolderDestination:
             )
 
     def received(self, part: Part) -> dict[str, int]:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         return self._incoming.received(part) if self._incoming.group(part.name) == part.group else {}
 
     def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         del path
         try:
             self._incoming.begin(part)
@@ -116,7 +116,7 @@ class FolderDestination:
             raise cannot_write(self.path, error) from error
 
     def publish(self, part: Part) -> list[str]:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         try:
             if not part.files:
                 self._incoming.begin(part)
@@ -128,7 +128,7 @@ class FolderDestination:
         return [problem.file for problem in problems]
 
     def finish(self, source: Source) -> str:
-        """See `transfer.Destination`: an index of all shards."""
+        """See `moved.Destination`: an index of all shards."""
         del source
         store = ZarrStore(LocalFiles(self.path), self.path)
         store.save_index()

@@ -21,11 +21,11 @@ from logitstore.errors import (
     StoreWriteError,
     first_line,
 )
+from logitstore.moved import Pieces, Source, index_of
 from logitstore.parts import ROOT, Part, folder_of
 from logitstore.remote_files import RemoteFiles
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
 from logitstore.stored_index import FOLDER
-from logitstore.transfer import Pieces, Source, index_of
 from logitstore.zarr_store import ZarrStore
 
 CARD = "README.md"
@@ -88,7 +88,7 @@ def _snapshot(api: Any, repo: str, place: str) -> RemoteFiles | None:
 
 
 class HubDestination:
-    """See `transfer.Destination`."""
+    """See `moved.Destination`."""
 
     def __init__(self, place: str, scratch: Path) -> None:
         self._place, self._repo, self._scratch = place, repository(place), scratch
@@ -117,15 +117,15 @@ class HubDestination:
 
     @property
     def where(self) -> str:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         return self._place
 
     def root(self) -> bytes | None:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         return self._group(ROOT)
 
     def digests(self, names: list[str]) -> dict[str, str]:
-        """See `transfer.Destination`.
+        """See `moved.Destination`.
 
         Raises:
             CorruptStoreError: a part that is there is damaged.
@@ -139,15 +139,15 @@ class HubDestination:
         return found
 
     def require_room(self, size_bytes: int) -> None:
-        """See `transfer.Destination`: the hub tells none."""
+        """See `moved.Destination`: the hub tells none."""
 
     def received(self, part: Part) -> dict[str, int]:
-        """See `transfer.Destination`: the hub's own client finds out what need not be sent."""
+        """See `moved.Destination`: the hub's own client finds out what need not be sent."""
         del part
         return {}
 
     def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
-        """See `transfer.Destination`: from where it lies, or held until the commit."""
+        """See `moved.Destination`: from where it lies, or held until the commit."""
         name = part.path(file)
         if path is None:
             path = self._scratch / name
@@ -162,7 +162,7 @@ class HubDestination:
             self._paths[name] = path
 
     def publish(self, part: Part) -> list[str]:
-        """See `transfer.Destination`: with the next commit."""
+        """See `moved.Destination`: with the next commit."""
         with self._lock:
             self._pending |= {name: self._paths.pop(name) for name in map(part.path, part.files)}
             self._pending[part.path()] = part.group
@@ -174,7 +174,7 @@ class HubDestination:
         return []
 
     def finish(self, source: Source) -> str:
-        """See `transfer.Destination`: the index and the card, with what is left."""
+        """See `moved.Destination`: the index and the card, with what is left."""
         note, gone = "", set()
         with self._lock, ExitStack() as stack:
             index = stack.enter_context(index_of(source, self._shards)) if self._shards else None

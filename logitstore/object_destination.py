@@ -9,15 +9,15 @@ from pathlib import Path
 
 from logitstore.errors import StoreWriteError
 from logitstore.files import CannotList
+from logitstore.moved import Pieces, Source, index_of
 from logitstore.parts import Part, folder_of
 from logitstore.remote_files import RemoteFiles
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
 from logitstore.stored_index import FOLDER
-from logitstore.transfer import Pieces, Source, index_of
 
 
 class ObjectDestination:
-    """See `transfer.Destination`."""
+    """See `moved.Destination`."""
 
     def __init__(self, files: RemoteFiles, where: str) -> None:
         self._files, self._where = files, where
@@ -26,11 +26,11 @@ class ObjectDestination:
 
     @property
     def where(self) -> str:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         return self._where
 
     def root(self) -> bytes | None:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         try:
             return read_group(self._files)
         except FileNotFoundError:
@@ -39,7 +39,7 @@ class ObjectDestination:
             raise self._cannot(error) from error
 
     def digests(self, names: list[str]) -> dict[str, str]:
-        """See `transfer.Destination`.
+        """See `moved.Destination`.
 
         Raises:
             CorruptStoreError: a part that is there is damaged.
@@ -64,10 +64,10 @@ class ObjectDestination:
         return found
 
     def require_room(self, size_bytes: int) -> None:
-        """See `transfer.Destination`: a bucket has no end."""
+        """See `moved.Destination`: a bucket has no end."""
 
     def received(self, part: Part) -> dict[str, int]:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         try:
             sizes = self._files.sizes(part.folder or "vocabulary")
         except OSError as error:
@@ -79,7 +79,7 @@ class ObjectDestination:
         return whole
 
     def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
-        """See `transfer.Destination`: the whole file."""
+        """See `moved.Destination`: the whole file."""
         del path, offset
         try:
             self._files.put(part.path(file), pieces(0), part.files[file]["bytes"])
@@ -89,7 +89,7 @@ class ObjectDestination:
             self._sent.add(part.path(file))
 
     def publish(self, part: Part) -> list[str]:
-        """See `transfer.Destination`. Files that were there before are read again: only their size was known."""
+        """See `moved.Destination`. Files that were there before are read again: only their size was known."""
         with self._lock:
             unsure = {file: entry for file, entry in part.files.items() if part.path(file) not in self._sent}
         try:
@@ -107,7 +107,7 @@ class ObjectDestination:
             return ""
 
     def finish(self, source: Source) -> str:
-        """See `transfer.Destination`: the index, if one can be made without fetching what is there."""
+        """See `moved.Destination`: the index, if one can be made without fetching what is there."""
         try:
             shards = self._files.folders("shards")
             if not shards:

@@ -9,12 +9,13 @@ from logitstore.errors import ConfigError
 from logitstore.folder_destination import FolderDestination
 from logitstore.http_files import HttpFiles
 from logitstore.hub import HubDestination, hub_source
+from logitstore.moved import Destination, Source
 from logitstore.object_destination import ObjectDestination
 from logitstore.remote_files import RemoteFiles
 from logitstore.service_client import NotThereError, ServiceClient
 from logitstore.service_destination import ServiceDestination, service_parts
 from logitstore.store import files_of, is_lmdb_store
-from logitstore.transfer import JOBS, Destination, MoveReport, Source, move
+from logitstore.transfer import JOBS, MoveReport, move
 
 UPLOAD_S = 300.0
 """In which an object store must have taken a request's bytes."""

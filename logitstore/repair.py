@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from logitstore.chunks import unpack
@@ -185,15 +186,35 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
             report.mended.append(f"{file} is no part of its shard, and lies in {moved} now")
 
 
-def put_shard_aside(path: Path, name: str) -> str:
-    """Move one damaged shard of a store out of the way, and the index that names it; where it lies then.
+def put_shards_aside(path: Path, token_ids: npt.NDArray[np.integer]) -> list[str]:
+    """Move what keeps a store from answering a document out of the way: shards that do not tell what they hold, and
+    damaged ones that hold it. The index is written again. Where the shards lie then.
 
     Raises:
+        CorruptStoreError: the root or the vocabulary is damaged.
         StoreWriteError: no permission.
     """
+    files, moved = LocalFiles(path), []
+    recipe = read_root(files, path).manifest.recipe
     try:
         remove_index(path)
-        return _quarantine(path, f"shards/{name}")
+        for name in sorted(files.folders("shards")):
+            try:
+                _ = Shard(files, name, recipe).blocks  # and what they are counted by
+            except CorruptStoreError:
+                moved.append(_quarantine(path, f"shards/{name}"))
+        while True:
+            store = ZarrStore(LocalFiles(path), path)
+            try:
+                store.answer(token_ids)
+            except CorruptStoreError:
+                place = store.catalog.locate(token_ids)
+                if place is None:
+                    raise
+                moved.append(_quarantine(path, f"shards/{place[0].name}"))
+            else:
+                store.save_index()
+                return moved
     except OSError as error:
         raise cannot_write(path, error) from error
 

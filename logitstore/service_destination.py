@@ -12,11 +12,11 @@ from urllib.parse import quote
 
 from logitstore.errors import CorruptStoreError, ServiceLostError, StoreWriteError, WireError
 from logitstore.http_files import HttpFiles
+from logitstore.moved import Pieces, Source
 from logitstore.parts import ROOT, Part, is_part_name
 from logitstore.sealed import GROUP, read_group
 from logitstore.service_client import RefusedError, ServiceClient
 from logitstore.stored_index import FOLDER as INDEX
-from logitstore.transfer import Pieces, Source
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ CHECKED = 30
 
 
 class ServiceDestination:
-    """See `transfer.Destination`. What the service refuses is told as it tells it."""
+    """See `moved.Destination`. What the service refuses is told as it tells it."""
 
     def __init__(self, client: ServiceClient, sleep: Callable[[float], object] = time.sleep) -> None:
         self._client, self._sleep = client, sleep
@@ -37,11 +37,11 @@ class ServiceDestination:
 
     @property
     def where(self) -> str:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         return self._client.url
 
     def root(self) -> bytes | None:
-        """See `transfer.Destination`.
+        """See `moved.Destination`.
 
         Raises:
             StoreWriteError: a web server that is no service.
@@ -57,15 +57,15 @@ class ServiceDestination:
         return read_group(HttpFiles(self._client, lists=True)) if there else None
 
     def digests(self, names: list[str]) -> dict[str, str]:
-        """See `transfer.Destination`: all at once."""
+        """See `moved.Destination`: all at once."""
         there = service_parts(self._client) if self._state(ROOT)["complete"] else {}
         return {name: there[name] for name in names if name in there}
 
     def require_room(self, size_bytes: int) -> None:
-        """See `transfer.Destination`: the service looks when a part begins."""
+        """See `moved.Destination`: the service looks when a part begins."""
 
     def received(self, part: Part) -> dict[str, int]:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         state = self._state(part.name)
         if state["complete"]:
             return {file: entry["bytes"] for file, entry in part.files.items()}
@@ -75,7 +75,7 @@ class ServiceDestination:
         return {f: min(sizes[f], entry["bytes"]) for f, entry in part.files.items() if f in sizes}
 
     def receive(self, part: Part, file: str, offset: int, pieces: Pieces, path: Path | None) -> None:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         del path
         size, idle = part.files[file]["bytes"], 0
         while True:
@@ -97,7 +97,7 @@ class ServiceDestination:
                     self._sleep(BUSY_S)
 
     def publish(self, part: Part) -> list[str]:
-        """See `transfer.Destination`."""
+        """See `moved.Destination`."""
         try:
             self._begin(part)
             self._patiently(lambda: self._client.json("POST", self._url(part.name)))
@@ -112,7 +112,7 @@ class ServiceDestination:
         return []
 
     def finish(self, source: Source) -> str:
-        """See `transfer.Destination`: the service writes its index."""
+        """See `moved.Destination`: the service writes its index."""
         del source
         self._patiently(lambda: self._client.json("POST", self._url(INDEX)))
         return ""

@@ -10,6 +10,7 @@ import uvicorn
 
 from logitstore.service.access import Access
 from logitstore.service.app import create_app
+from logitstore.service.connections import UVICORN
 from logitstore.service.desk import Answering, Desk
 from logitstore.service.shelf import Shelf
 from logitstore.service.tokens import TokenFile
@@ -23,9 +24,16 @@ def serving(
     read_only: bool = False,
     queue_tokens: int = 1 << 18,
     log: Callable[[str], object] = lambda _: None,
+    desks: list[Desk] | None = None,
 ) -> Iterator[str]:
-    """Its URL."""
+    """Its URL.
+
+    Args:
+        desks: takes its desk.
+    """
     desk = None if teacher is None else Desk(teacher, queue_tokens, log)
+    if desks is not None and desk is not None:
+        desks.append(desk)
     access = Access(None if tokens is None else TokenFile(tokens), read_only=read_only)
     app = create_app(Shelf(places), desk, access, log)
     with running(app) as url:
@@ -42,7 +50,7 @@ def serving(
 def running(app: object) -> Iterator[str]:
     """Any ASGI application on a port of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=2)  # type: ignore[arg-type]
+    config = uvicorn.Config(app, timeout_graceful_shutdown=2, **UVICORN)  # type: ignore[arg-type]
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -17,11 +17,12 @@ import pytest
 import zarr
 
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreLostError, StoreWriteError
+from logitstore.moved import Source
 from logitstore.object_destination import ObjectDestination
 from logitstore.places import push
 from logitstore.remote_files import RemoteFiles
 from logitstore.store import open_store
-from logitstore.transfer import Source, move
+from logitstore.transfer import move
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
 from tests.stores import VOCABULARY, contents, manifest, records, small_store

@@ -297,12 +297,15 @@ def test_what_a_stopped_pull_left_is_garbage_when_nobody_goes_on(made: ZarrStore
 
 def test_ctrl_c_says_that_the_same_command_goes_on(made: ZarrStore, tmp_path: Path) -> None:
     with served(partial(Slow, root=made.folder, given=[0], until=[1 << 40])) as url:
-        command = [sys.executable, "-m", "distill_cli.main_for_tests", "pull", url, str(tmp_path / "t")]
-        command[1:3] = ["-c", "from distill_cli.logitstore import main; main()"]
+        code = "from distill_cli.logitstore import main; main()"
+        command = [sys.executable, "-c", code, "pull", url, str(tmp_path / "t")]
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-            wait_for(lambda: any((tmp_path / "t").rglob("hidden-0/c/0/0")))
-            process.send_signal(signal.SIGINT)
-            _, told = process.communicate(timeout=30)
+            try:
+                wait_for(lambda: any((tmp_path / "t").rglob("hidden-0/c/0/0")))
+                process.send_signal(signal.SIGINT)
+                _, told = process.communicate(timeout=30)
+            finally:
+                process.kill()
     assert process.returncode == 130 and "type the same command to go on" in told and "Traceback" not in told
 
 

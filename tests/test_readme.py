@@ -8,6 +8,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = (
     "logitstore",
     "logitstore/foreign",
+    "logitstore/service",
     "logitstore/service/page",
     "kernels/distill_kernels",
     "trainer/distill_trainer",

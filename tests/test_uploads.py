@@ -25,7 +25,7 @@ from logitstore.parts import Part, part_of
 from logitstore.places import push
 from logitstore.sealed import GROUP, file_digest, seal_group, unseal_group
 from logitstore.service.tokens import new_token
-from logitstore.service.uploads import RejectedError, Upload
+from logitstore.service.upload import RejectedError, Upload
 from logitstore.service_client import RefusedError, ServiceClient
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
@@ -257,7 +257,7 @@ def test_a_full_disk_is_507_and_nothing_half_is_visible(
         client = ServiceClient(f"{url}/s", patience_s=0.1)
         at = f"{client.api}/uploads/{part.name}"
         with monkeypatch.context() as patch:
-            patch.setattr("logitstore.service.uploads.SPARE_BYTES", 1 << 62)
+            patch.setattr("logitstore.service.upload.SPARE_BYTES", 1 << 62)
             with pytest.raises(RefusedError, match=r"answers 507: the disk has .* bytes free"):
                 client.put(f"{at}/{GROUP}?offset=0", iter([part.group]))
         client.put(f"{at}/{GROUP}?offset=0", iter([part.group]))

@@ -53,9 +53,7 @@ def main() -> None:
     wanted = losses(train(demo, out / "local", teacher, str(store), steps))
     bad: list[str] = []
     print(f"{len(documents)} documents of {LENGTH} tokens, {steps} steps; loss {wanted[0]:.4f} to {wanted[-1]:.4f}")
-    print(
-        f"{'missing':>8} {'client':<22} {'hits':>7} {'by service':>10} {'misses left':>11}  largest difference of a loss"
-    )
+    print(f"{'missing':>8} {'client':<22} {'hits':>7} {'by service':>10} {'misses left':>11}  largest difference")
     for missing in (0, 10, 100):
         bad += at_rate(demo, out / str(missing), teacher, store, missing, steps, wanted, len(documents))
     print("\n".join(bad))

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from distill_cli.outcome import one_line_errors, say_blas
+from logitstore.errors import ConfigError
 
 FILE = click.Path(path_type=Path)
 TOKENS = click.option("--tokens", required=True, type=FILE, help="The file of tokens that `serve --tokens` takes.")
@@ -35,7 +36,7 @@ def serve(**options: Any) -> None:
             from logitstore.service.serve import ServeConfig
             from logitstore.service.serve import serve as run
         except ModuleNotFoundError as error:
-            raise click.UsageError(f"{error.name} is not installed; type `pip install 'logitstore[serve]'`.") from error
+            raise ConfigError(f"{error.name} is not installed; type `pip install 'logitstore[serve]'`") from error
         if options["teacher"]:
             say_blas()
         places = tuple(place.expanduser() for place in options["places"])

@@ -3,6 +3,7 @@
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from logitstore.errors import ConfigError
 from logitstore.service.tokens import EVERYTHING, Grant, TokenFile
 
 
@@ -22,13 +23,15 @@ class Access:
         """What the request's token allows.
 
         Raises:
-            HTTPException: 401, there is no token, or one that is unknown or revoked.
-            ConfigError: the file of tokens cannot be read.
+            HTTPException: 401, there is no token, or one that is unknown or revoked; 503, nobody can tell.
         """
         if self.tokens is None:
             return EVERYTHING
         kind, _, token = request.headers.get("authorization", "").partition(" ")
-        found = self.tokens.grant(token.strip()) if kind.lower() == "bearer" else None
+        try:
+            found = self.tokens.grant(token.strip()) if kind.lower() == "bearer" else None
+        except ConfigError as error:  # where the file is concerns nobody outside
+            raise HTTPException(503, "the service cannot read its tokens; tell whoever runs it") from error
         if found is None:
             detail = (
                 "this token is unknown or revoked; ask whoever runs the service for another"
@@ -43,7 +46,7 @@ class Access:
         """The same, of a token that covers a scope, of a store if one is named.
 
         Raises:
-            HTTPException: 401; or 403, it does not.
+            HTTPException: 401, 503; or 403, it does not.
         """
         grant = self.grant(request)
         if not grant.allows(scope, store):

@@ -6,10 +6,11 @@ a sign of life in between. A shard that turns out to be damaged is put aside, an
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 from logitstore.errors import CorruptStoreError
 from logitstore.key import document_key
 from logitstore.recipe import DocumentRecord
-from logitstore.repair import put_shard_aside
+from logitstore.repair import put_shards_aside
 from logitstore.service.access import Access
 from logitstore.service.desk import CannotKeepError, CannotTeachError, Desk
 from logitstore.service.meters import Meters
@@ -38,6 +39,7 @@ SIGN_OF_LIFE_S = 10.0
 MOST_AT_ONCE = 64
 """Requests whose answers are held in memory."""
 FIELDS = {"documents", "fingerprint", "teach"}
+_ToCome = WeakKeyDictionary[Future[DocumentRecord], asyncio.Future[DocumentRecord]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,53 +54,65 @@ class Asked:
 def routes(shelf: Shelf, desk: Desk | None, access: Access, meters: Meters) -> list[Route]:
     """The one route."""
     room = asyncio.Semaphore(MOST_AT_ONCE)
+    to_come: _ToCome = WeakKeyDictionary()
 
     async def post(request: Request) -> Response:
         name = request.path_params["name"]
         grant = access.require(request, "read", name)
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise HTTPException(415, "the body is encoded; send JSON as it is")
+        body = await request.body()  # of a slow client, who takes nobody's place meanwhile
         if room.locked():
             raise HTTPException(429, "too many ask at once; ask again later", {"Retry-After": "1"})
         await room.acquire()
+        place = _Place(room)
         try:
             served = await run_in_threadpool(shelf.get, name)
-            asked = await run_in_threadpool(read_request, await request.body(), served)
-            teaches = asked.teach and desk is not None and not access.read_only
-            found = await run_in_threadpool(_look_up, served, desk, asked, mends=not access.read_only)
+            asked = await run_in_threadpool(read_request, body, served)
+            refusal = _refusal(served, desk, asked, may=not access.read_only and grant.allows("teach", name))
+            found = await run_in_threadpool(_look_up, served, desk, asked, mends=not refusal)
             missing = [i for i, record in enumerate(found) if not _is_whole(record, asked.documents[i])]
             meters.asked(name, len(found) - len(missing), len(missing))
-            refusal = "the store lacks it, and nobody teaches here"
-            waited: dict[int, Future[DocumentRecord]] = {}
-            if missing and teaches and desk is not None:
-                if not grant.allows("teach", name):
-                    refusal = "the store lacks it, and this token does not allow to teach"
-                elif not desk.teaches(served):
-                    refusal = desk.refusal(served)
-                else:
-                    answers = await run_in_threadpool(
-                        desk.ask, served, [(asked.keys[i], asked.documents[i]) for i in missing]
-                    )
-                    waited = dict(zip(missing, answers, strict=True))
+            waited: dict[asyncio.Future[DocumentRecord], list[int]] = {}
+            if missing and desk is not None and not refusal:
+                documents = [(asked.keys[i], asked.documents[i]) for i in missing]
+                for i, answer in zip(missing, await run_in_threadpool(desk.ask, served, documents), strict=True):
+                    waited.setdefault(_once(answer, to_come), []).append(i)
         except BaseException:
-            room.release()
+            place.free()
             raise
-        return _Held(room, _frames(served, found, missing, waited, refusal))
+        return _Held(place, _frames(served, found, missing, waited, refusal, place))
 
     return [Route("/v1/stores/{name}/targets", post, methods=["POST"])]
 
 
-class _Held(StreamingResponse):
-    """An answer that holds one of the places in `room` until it is sent, or its client has gone."""
+class _Place:
+    """One of the places for answers in memory, given back once."""
 
-    def __init__(self, room: asyncio.Semaphore, frames: AsyncIterator[bytes]) -> None:
+    def __init__(self, room: asyncio.Semaphore) -> None:
+        self._room: asyncio.Semaphore | None = room
+
+    def free(self) -> None:
+        """Give it back."""
+        room, self._room = self._room, None
+        if room is not None:
+            room.release()
+
+
+class _Held(StreamingResponse):
+    """An answer that holds its place until what is known is sent, or its client has gone."""
+
+    def __init__(self, place: _Place, frames: AsyncGenerator[bytes, None]) -> None:
         super().__init__(frames, media_type=MEDIA_TYPE)
-        self._room = room
+        self._place, self._frames = place, frames
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._room.release()
+            self._place.free()
+            await self._frames.aclose()  # else what it holds stays until the next collection
 
 
 def read_request(body: bytes, served: Served) -> Asked:
@@ -141,6 +155,15 @@ def _token_ids(document: Any, vocab_size: int, number: int) -> npt.NDArray[np.in
     return np.array(document, np.int32)
 
 
+def _refusal(served: Served, desk: Desk | None, asked: Asked, *, may: bool) -> str:
+    """Why what is missing is not asked of the teacher; nothing where it is."""
+    if desk is None or not asked.teach:
+        return "the store lacks it, and nobody teaches here" if desk is None else "the store lacks it"
+    if not may:
+        return "the store lacks it, and this token does not allow to teach"
+    return "" if desk.teaches(served) else desk.refusal(served)
+
+
 def _look_up(served: Served, desk: Desk | None, asked: Asked, *, mends: bool) -> list[DocumentRecord | None]:
     """What is known of each document without the teacher."""
     found = [desk.kept(served, key) if desk is not None else None for key in asked.keys]
@@ -155,16 +178,23 @@ def _look_up(served: Served, desk: Desk | None, asked: Asked, *, mends: bool) ->
 
 
 def _record(served: Served, token_ids: npt.NDArray[np.int32], *, fresh: bool, mends: bool) -> DocumentRecord | None:
-    with served.reading(fresh=fresh) as store:
-        try:
+    def read() -> DocumentRecord | None:
+        with served.reading(fresh=fresh) as store:
             return store.answer(token_ids)
+
+    with served.lock:
+        try:
+            return read()
         except CorruptStoreError:
-            place = store.catalog.locate(token_ids) if mends and served.writable else None
-            if place is None:
+            if not mends:
                 raise
-            put_shard_aside(served.path, place[0].name)
+        try:  # what was open is perhaps not what is there by now
             served.reopen()
-            return served.store.answer(token_ids)
+            return read()
+        except CorruptStoreError:
+            put_shards_aside(served.path, token_ids)
+            served.reopen()
+            return read()
 
 
 def _is_whole(record: DocumentRecord | None, token_ids: npt.NDArray[np.int32]) -> bool:
@@ -175,28 +205,28 @@ async def _frames(
     served: Served,
     found: list[DocumentRecord | None],
     missing: list[int],
-    waited: "dict[int, Future[DocumentRecord]]",
+    waited: "dict[asyncio.Future[DocumentRecord], list[int]]",
     refusal: str,
-) -> AsyncIterator[bytes]:
+    place: _Place,
+) -> AsyncGenerator[bytes, None]:
     """Answers as bytes: first what is known, then the others as they come."""
     recipe = served.store.manifest.recipe
+    asked = {i for documents in waited.values() for i in documents}
     for i, record in enumerate(found):
-        if record is not None and i not in waited:
-            found[i] = None  # as soon as it is sent
+        found[i] = None
+        if record is not None and i not in asked:
             yield await run_in_threadpool(Answer(i, Kind.HIT, record).to_bytes, recipe)
     for i in missing:
-        if i not in waited:
+        if i not in asked:
             yield Answer(i, Kind.MISSING, reason=refusal).to_bytes(recipe)
-    left: dict[asyncio.Future[DocumentRecord], int] = {
-        asyncio.wrap_future(_shared(answer)): i for i, answer in waited.items()
-    }
-    while left:
-        done, _ = await asyncio.wait(left, timeout=SIGN_OF_LIFE_S, return_when=asyncio.FIRST_COMPLETED)
+    place.free()
+    while waited:
+        done, _ = await asyncio.wait(waited, timeout=SIGN_OF_LIFE_S, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             yield Answer(0, Kind.WAIT).to_bytes(recipe)
         for future in done:
-            answer = _outcome(left.pop(future), future)
-            yield await run_in_threadpool(answer.to_bytes, recipe)
+            for i in waited.pop(future):
+                yield await run_in_threadpool(_outcome(i, future).to_bytes, recipe)
     yield Answer(0, Kind.END).to_bytes(recipe)
 
 
@@ -209,18 +239,10 @@ def _outcome(document: int, answer: "asyncio.Future[DocumentRecord]") -> Answer:
         return Answer(document, Kind.FULL, reason=str(error))
 
 
-def _shared(answer: "Future[DocumentRecord]") -> "Future[DocumentRecord]":
-    """A future of one's own for an answer that others wait for too: whoever goes away cancels only this one."""
-    own: Future[DocumentRecord] = Future()
-
-    def tell(done: "Future[DocumentRecord]") -> None:
-        if not own.set_running_or_notify_cancel():
-            return
-        error = done.exception()
-        if error is None:
-            own.set_result(done.result())
-        else:
-            own.set_exception(error)
-
-    answer.add_done_callback(tell)
-    return own
+def _once(answer: "Future[DocumentRecord]", to_come: "_ToCome") -> "asyncio.Future[DocumentRecord]":
+    """An answer of the desk for the event loop: the same for all who wait, of whom nobody leaves anything behind."""
+    found = to_come.get(answer)
+    if found is None:
+        found = to_come[answer] = asyncio.wrap_future(answer)
+        found.add_done_callback(lambda done: done.cancelled() or done.exception())  # though nobody waits any more
+    return found

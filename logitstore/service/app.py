@@ -68,7 +68,7 @@ def create_app(
     app = Starlette(
         routes=every,
         middleware=[Middleware(Limits, is_upload=is_upload, log=log, count=counted.request)],
-        exception_handlers={HTTPException: _told, LogitstoreError: _told, Exception: _failed},
+        exception_handlers={HTTPException: _told, LogitstoreError: _told},
     )
     app.router.redirect_slashes = False  # a file's name is what it is
     return app
@@ -85,7 +85,3 @@ def _told(_: Request, error: Exception) -> Response:
     status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 400)
     headers = {"Retry-After": str(error.wait_s)} if isinstance(error, QueueFullError) else None
     return JSONResponse({"error": " ".join(str(error).split())}, status, headers)
-
-
-def _failed(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": f"the service failed: {type(error).__name__}; its log says more"}, 500)

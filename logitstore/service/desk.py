@@ -16,7 +16,15 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.errors import LogitstoreError, StoreError, StoreWriteError, first_line
+from logitstore.durable import alone_in
+from logitstore.errors import (
+    CorruptStoreError,
+    LogitstoreError,
+    StoreError,
+    StoreNotFoundError,
+    StoreWriteError,
+    first_line,
+)
 from logitstore.files import LocalFiles
 from logitstore.journal import ShardWriter
 from logitstore.key import document_key
@@ -29,8 +37,11 @@ from logitstore.zarr_store import ZarrStore
 TokenIds = npt.NDArray[np.int32]
 BATCH_TOKENS = 2048
 """Padded tokens in one teacher batch, or one document."""
-IDLE_S = 5.0
-"""What was taught becomes a shard when nobody has asked for so long, or there is enough of it."""
+IDLE_S = 30.0
+"""What was taught becomes a shard when nobody has asked for so long, or there is enough of it: between the steps of a
+training run that asks for a few documents at a time, no shard of a few documents each is made."""
+INDEX_SHARE = 16
+"""The index is written again when one in so many shards is not in it: that reads the documents of all."""
 WRITERS = 16
 """So many services at once may keep answers in one store."""
 RATE_WEIGHT = 0.3
@@ -59,7 +70,14 @@ class CannotTeachError(LogitstoreError):
 
 
 class CannotKeepError(LogitstoreError):
-    """An answer that could not be written, which may be otherwise later."""
+    """An answer that could not be computed or written now, which may be otherwise later."""
+
+
+STOPPED = CannotKeepError("the service is being stopped")
+
+
+_Name = tuple[Served, bytes]
+"""A document of a store: what takes a deleted store's place is another, whatever it is called."""
 
 
 @dataclass
@@ -67,6 +85,10 @@ class _Asked:
     served: Served
     token_ids: TokenIds
     answer: "Future[DocumentRecord]" = field(default_factory=Future)
+
+    @property
+    def name(self) -> _Name:
+        return self.served, document_key(self.token_ids)
 
 
 class Desk:
@@ -87,8 +109,8 @@ class Desk:
         """Documents that the teacher has computed."""
         self.failed = 0
         self._load, self._say = load, say
-        self._waiting: OrderedDict[tuple[str, bytes], _Asked] = OrderedDict()
-        self._working: dict[tuple[str, bytes], _Asked] = {}
+        self._waiting: OrderedDict[_Name, _Asked] = OrderedDict()
+        self._working: dict[_Name, _Asked] = {}
         self._identity: Manifest | None = None
         self._writers: dict[Served, ShardWriter] = {}
         self._unfit: dict[Served, str] = {}
@@ -106,8 +128,11 @@ class Desk:
         """End after the batch that is being computed; what is kept is in shards then, what waits is refused."""
         with self._changed:
             self._stopping = True
+            loading = self.state == "loading"
             self._changed.notify_all()
-        if self._thread.is_alive():
+        if loading:  # which may take minutes, and nothing is lost by it
+            self._lose(STOPPED)
+        elif self._thread.is_alive():
             self._thread.join()
 
     @property
@@ -143,13 +168,13 @@ class Desk:
             found = [self._find(served, key) for key, _ in documents]
             fresh = {key: ids for (key, ids), asked in zip(documents, found, strict=True) if asked is None}
             tokens = sum(map(len, fresh.values()))
-            if self._tokens and self._tokens + tokens > self.most_tokens:
+            if tokens and self._tokens and self._tokens + tokens > self.most_tokens:
                 raise QueueFullError(
                     f"{self._tokens:,} tokens wait for the teacher and {self.most_tokens:,} may; ask again later",
                     max(1, round(self._tokens / self._per_s / 2)),
                 )
             for key, token_ids in fresh.items():
-                self._waiting[served.name, key] = _Asked(served, token_ids)
+                self._waiting[served, key] = _Asked(served, token_ids)
             self._tokens += tokens
             self._changed.notify_all()
             answers = [self._find(served, key) for key, _ in documents]
@@ -158,43 +183,48 @@ class Desk:
     def refusal(self, served: Served) -> str:
         """Why a store is not taught here."""
         if self._stopping:
-            return "the service is being stopped"
+            return str(STOPPED)
+        if not served.path.exists():
+            return f"{served.name} is gone"
         if not served.writable:
             return f"{served.name} is a zip file, which cannot be added to"
         return self._unfit.get(served, f"the teacher is {self.state}")
 
     def _find(self, served: Served, key: bytes) -> _Asked | None:
-        asked = self._waiting.get((served.name, key)) or self._working.get((served.name, key))
-        return asked if asked is not None and asked.served is served else None
+        return self._waiting.get((served, key)) or self._working.get((served, key))
 
     def _run(self) -> None:
         try:
             teacher = self._load()
         except Exception as error:  # whatever a model, a disk or a device gives
-            self._lose(f"the teacher does not load: {first_line(error)}")
+            self._lose(CannotTeachError(f"the teacher does not load: {first_line(error)}"))
             return
-        self.state = "ready"
+        with self._changed:
+            if self._stopping:
+                return
+            self.state = "ready"
         self._say("the teacher is ready")
-        while True:
-            batch = self._next()
-            if batch:
-                self._answer(teacher, batch)
-            else:
-                self._commit()
-                with self._changed:
-                    if self._stopping:
-                        break
-        self._lose("the service is being stopped")
-        for writer in self._writers.values():
-            writer.__exit__(None, None, None)
+        try:
+            while (batch := self._next()) is not None:
+                if batch:
+                    self._answer(teacher, batch)
+                else:
+                    self._commit()
+            self._commit()
+        finally:
+            self._lose(STOPPED)
+            for served in list(self._writers):
+                self._close(served)
 
-    def _next(self) -> list[_Asked]:
-        """The next batch, once there is one; nothing after a while without."""
+    def _next(self) -> list[_Asked] | None:
+        """The next batch, once there is one; an empty one after a while without, None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopping, IDLE_S)
-            batch: list[tuple[tuple[str, bytes], _Asked]] = []
+            if self._stopping:
+                return None
+            batch: list[tuple[_Name, _Asked]] = []
             longest = 0
-            for name, asked in list(self._waiting.items())[: 0 if self._stopping else None]:
+            for name, asked in self._waiting.items():
                 longest = max(longest, len(asked.token_ids))
                 if batch and (asked.served is not batch[0][1].served or longest * (len(batch) + 1) > BATCH_TOKENS):
                     break
@@ -209,9 +239,10 @@ class Desk:
         served, started = batch[0].served, time.monotonic()
         try:
             writer = self._writer(teacher, served)
-            left = [asked for asked in batch if not self._known(writer, asked)]
+            left = [asked for asked in batch if not self._known(writer, asked, fresh=asked is batch[0])]
             found = self._records(teacher, left, served.store.manifest.recipe)
             writer.append([record for _, record in found])
+            _require_there(served)
             self.taught += len(found)
             for asked, record in found:
                 self._finish(asked, record)
@@ -228,17 +259,21 @@ class Desk:
         except CannotTeachError as error:
             for asked in batch:
                 self._finish(asked, error)
-        except BaseException as error:  # a fault of our own: nobody waits for ever
+        except Exception as error:  # a fault of our own: nobody waits for ever, and the next is answered
+            self._say(f"{served.name}: the service failed: {type(error).__name__}")
             for asked in batch:
                 self._finish(asked, CannotKeepError(f"the service failed: {type(error).__name__}"))
-            raise
 
-    def _known(self, writer: ShardWriter, asked: _Asked) -> bool:
+    def _known(self, writer: ShardWriter, asked: _Asked, *, fresh: bool) -> bool:
         """Whether the store has learned a document since it was asked for; it is answered then."""
-        record = writer.pending.get(_key(asked))
+        record = writer.pending.get(asked.name[1])
         if record is None:
-            with asked.served.reading(fresh=True) as store:
-                record = store.answer(asked.token_ids)
+            try:
+                with asked.served.reading(fresh=fresh) as store:
+                    record = store.answer(asked.token_ids)
+            except CorruptStoreError as error:  # whoever asks again has the shard put aside
+                self._finish(asked, CannotKeepError(first_line(error)))
+                return True
         if record is None or len(record.token_ids) < len(asked.token_ids):
             return False
         self._finish(asked, record)
@@ -261,7 +296,7 @@ class Desk:
 
     def _finish(self, asked: _Asked, result: DocumentRecord | LogitstoreError) -> None:
         with self._changed:
-            if self._working.pop((asked.served.name, _key(asked)), None) is None:
+            if self._working.pop(asked.name, None) is None:
                 return
             self._tokens -= len(asked.token_ids)
         if isinstance(result, DocumentRecord):
@@ -271,6 +306,7 @@ class Desk:
 
     def _writer(self, teacher: Answering, served: Served) -> ShardWriter:
         """The writer that keeps answers in a store, and takes over what a killed service had kept."""
+        _require_there(served)
         if served in self._writers:
             return self._writers[served]
         manifest = served.store.manifest
@@ -282,6 +318,7 @@ class Desk:
             self._unfit[served] = str(error)
             raise CannotTeachError(f"this service's teacher does not teach {served.name}: {error}") from error
         own = ZarrStore(LocalFiles(served.path), served.path)
+        own.manifest.require_compatible(manifest, served.path)
         for number in range(WRITERS):
             try:
                 writer = ShardWriter(own, f"service-{number}")
@@ -295,25 +332,47 @@ class Desk:
 
     def _commit(self) -> None:
         """Make shards of what is kept, and an index of them."""
-        for served, writer in self._writers.items():
+        for served, writer in list(self._writers.items()):
+            if not served.is_there():  # what lies in its place may be another's
+                self._say(f"{served.name}: the store is gone, and what was taught since its last shard with it")
+                self._close(served)
+                continue
             if not writer.pending:
                 continue
             try:
-                writer.commit(list(writer.pending))
-                writer.store.save_index()
+                with alone_in(served.path):  # so that two services do not write the same documents
+                    writer.commit(list(writer.pending))
+                index, shards = writer.store.catalog.index, writer.store.shard_count
+                if INDEX_SHARE * (shards - (len(index.shards) if index else 0)) >= shards:
+                    writer.store.save_index()
+            except (StoreError, OSError) as error:
+                self._say(f"{served.name}: {error}")
+                if isinstance(error, CorruptStoreError):  # seen through files that were open before it was mended
+                    self._close(served)
+
+    def _close(self, served: Served) -> None:
+        """Let go of a store; what it has been taught and is in no shard stays in its journal."""
+        writer = self._writers.pop(served, None)
+        if writer is not None:
+            try:
+                writer.__exit__(None if served.is_there() else StoreError, None, None)
             except StoreError as error:
                 self._say(f"{served.name}: {error}")
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: LogitstoreError) -> None:
         """Refuse all that waits."""
         with self._changed:
+            if self.state == "lost":
+                return
             self.state = "lost"
             left, self._waiting = list(self._waiting.items()), OrderedDict()
             self._working.update(left)
-        self._say(why)
+        self._say(str(why))
         for _, asked in left:
-            self._finish(asked, CannotTeachError(why))
+            self._finish(asked, why)
 
 
-def _key(asked: _Asked) -> bytes:
-    return document_key(asked.token_ids)
+def _require_there(served: Served) -> None:
+    """Raise StoreNotFoundError where a store was deleted or replaced: what is written now goes nowhere."""
+    if not served.is_there():
+        raise StoreNotFoundError(f"{served.name} is gone; open the store again")

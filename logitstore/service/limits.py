@@ -8,15 +8,21 @@ import asyncio
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MOST_BODY_BYTES = 8 << 20
+MOST_BODY_BYTES = 2 << 20
+"""As many tokens as may be asked for at once take half of it; the worst of this size unfolds to 50 MB."""
 SILENT_S = 60.0
 """So long a client may send or take nothing."""
+TRANSPORT = "logitstore.transport"
+"""Where a scope has its connection, for an answer that cannot be ended as it was begun."""
 SHOWN = 200
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -52,16 +58,19 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, taken, sent = time.monotonic(), 0, 0, 0
+        started, status, taken, sent, whole = time.monotonic(), 0, 0, 0, False
         most = None if self._is_upload(scope["path"]) else MOST_BODY_BYTES
         state = scope.setdefault("state", {})
 
         async def bounded_receive() -> Message:
-            nonlocal taken
+            nonlocal taken, whole
+            if whole:
+                return await receive()  # which says that the client has gone, however late
             try:
-                message = await (asyncio.wait_for(receive(), SILENT_S) if not status else receive())
+                message = await asyncio.wait_for(receive(), SILENT_S)
             except TimeoutError:
                 raise HTTPException(408, f"nothing came for {SILENT_S:.0f} s; send the request again") from None
+            whole = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if most is not None and taken > most:
                 raise HTTPException(
@@ -87,8 +96,22 @@ class Limits:
             await self.app(scope, bounded_receive, bounded_send)
         except StalledError:
             fault = " stalled"
+            if TRANSPORT in scope:
+                scope[TRANSPORT].abort()  # closing waits until the client has taken what was written
+                await asyncio.sleep(0)
+        except ClientDisconnect:
+            fault = " gone"
+        except asyncio.CancelledError:
+            fault = " stopped"
+            raise
         except Exception as error:  # its text may quote a document, so the log has its type alone
             fault = f" {_named(error)}"
+            if not status:
+                with suppress(StalledError):
+                    told = {"error": f"the service failed: {type(error).__name__}; its log says more"}
+                    await JSONResponse(told, 503)(scope, receive, bounded_send)
+            elif TRANSPORT in scope:
+                scope[TRANSPORT].close()  # so that the client sees that it was cut
         finally:
             elapsed_s = time.monotonic() - started
             self._count(scope["method"], status, elapsed_s)

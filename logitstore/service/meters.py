@@ -7,6 +7,7 @@ from collections import OrderedDict, defaultdict
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -64,15 +65,16 @@ class Meters:
         """Hits, misses, and the same of each of the last minutes in which anything was asked for, by its start."""
         with self._lock:
             hits, misses = self._totals.get(store, [0, 0])
-            minutes = self._minutes.get(store, OrderedDict())
-            return hits, misses, [(minute, of[0], of[1]) for minute, of in minutes.items()]
+            minutes, first = self._minutes.get(store, OrderedDict()), time.time() - 60 * MINUTES
+            return hits, misses, [(minute, of[0], of[1]) for minute, of in minutes.items() if minute > first]
 
 
 def routes(meters: Meters, access: Access) -> list[Route]:
     """GET /metrics."""
 
     async def get(request: Request) -> Response:
-        access.require(request, "read")
+        if access.require(request, "read").stores:
+            raise HTTPException(403, "this token is for some stores, and the counts tell of all; ask for another")
         return Response(await run_in_threadpool(generate_latest, meters.registry), media_type=CONTENT_TYPE_LATEST)
 
     return [Route("/metrics", get)]

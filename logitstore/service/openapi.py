@@ -104,7 +104,7 @@ def openapi() -> dict[str, Any]:
                 "What the teacher says of documents. What the store lacks is computed, kept, and sent as it becomes "
                 "known. The answer is frames, laid out in logitstore/wire.py; one without END was cut.",
                 records,
-                *(400, 404, 408, 409, 413, 422, 429, 503, 507),
+                *(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
                 body=targets,
             ),
         },

@@ -1,6 +1,7 @@
 """`logitstore serve`: stores, and perhaps their teacher, behind HTTP until it is stopped."""
 
 import ipaddress
+import resource
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,12 +16,14 @@ from logitstore.files import LocalFiles
 from logitstore.journal import commit_leftovers
 from logitstore.service.access import Access
 from logitstore.service.app import create_app
+from logitstore.service.connections import UVICORN
 from logitstore.service.desk import WRITERS, Answering, Desk
 from logitstore.service.shelf import Shelf
 from logitstore.service.tokens import TokenFile
 from logitstore.zarr_store import ZarrStore
 
 MOST_CONNECTIONS = 1000
+MOST_FILES = 8192
 STOPPED_S = 10
 """So long, when it is stopped, for requests that are being answered."""
 KEEP_ALIVE_S = 30
@@ -109,22 +112,25 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
                 port=config.port,
                 ssl_certfile=config.tls_cert,
                 ssl_keyfile=config.tls_key,
-                log_level="error",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                lifespan="off",
                 limit_concurrency=MOST_CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=STOPPED_S,
+                **UVICORN,
             )
         )
         server.config.load()
+    except OSError as error:  # an SSLError is one
+        raise ConfigError(
+            f"{config.tls_cert} and {config.tls_key} cannot be used ({error.strerror or error}); type --tls-cert and "
+            "--tls-key with a certificate and its key, PEM"
+        ) from error
+    try:
         sockets = [_bind(config)]
     except OSError as error:
         raise ConfigError(
             f"{config.host}:{config.port} cannot be listened to ({error.strerror}); type another --port, or --host"
         ) from error
+    allow_files()
     scheme = "http" if config.tls_cert is None else "https"
     port = sockets[0].getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -145,6 +151,15 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
     finally:
         if desk is not None:
             desk.stop()
+
+
+def allow_files() -> None:
+    """Take as many open files as the system gives: each connection is one, and shells give 256 or 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # a system that gives fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def take_over(shelf: Shelf) -> None:

@@ -7,13 +7,14 @@ built or removed meanwhile is there or gone without a restart.
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from logitstore.errors import ConfigError, LogitstoreError, StoreNotFoundError
-from logitstore.files import Files
+from logitstore.files import Files, LocalFiles
 from logitstore.info import info
 from logitstore.sealed import GROUP, read_group
 from logitstore.store import files_of, is_lmdb_store
@@ -22,9 +23,14 @@ from logitstore.zarr_store import ZarrStore
 SUFFIXES = (".zarr", ".zip")
 RESERVED = frozenset({"v1", "page", "docs", "health", "ready", "metrics", "openapi.json"})
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-FACTS_S = 10.0
+FACTS_S, FACTS_SHARE = 10.0, 20
+"""What a store says of itself is so many seconds old at most, or so many times what it takes to say it."""
 LOOKED_S = 1.0
 """A store's shards are looked at again after so long, and before a document is called a miss."""
+
+
+MOST_WITH_FILES = 16
+"""Stores of which files are kept open, the last used ones."""
 
 
 class UnknownStoreError(StoreNotFoundError):
@@ -41,6 +47,7 @@ class Served:
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         self.lock = threading.RLock()
+        self._telling = threading.Lock()
         self.reopen()
         self.root = read_group(self.files)
         """The bytes of its `zarr.json`: another store has others."""
@@ -52,6 +59,20 @@ class Served:
         self.store = ZarrStore(self.files, self.path)
         self._looked = time.monotonic()
         self._facts: tuple[float, dict[str, Any]] | None = None
+
+    def is_there(self) -> bool:
+        """Whether what lies at its path is still what was opened: neither deleted nor replaced."""
+        try:
+            stat = self.path.stat()
+            if stat.st_ino != self.stat.st_ino:
+                return False
+            return (
+                stat.st_mtime_ns == self.stat.st_mtime_ns
+                if self.path.is_file()
+                else read_group(self.files) == self.root
+            )
+        except (OSError, LogitstoreError):
+            return False
 
     @property
     def writable(self) -> bool:
@@ -75,15 +96,26 @@ class Served:
             yield self.store
 
     def facts(self) -> dict[str, Any]:
-        """What `logitstore info` says of it, at most some seconds old: all of its files are looked at for this.
+        """What `logitstore info` says of it, at most some seconds old: all of its files are looked at for this, by one
+        thread at a time, while others read the store.
 
         Raises:
             StoreError: it is gone, or damaged.
         """
-        with self.reading() as store:
-            if self._facts is None or time.monotonic() - self._facts[0] > FACTS_S:
-                self._facts = time.monotonic(), info(store)
-            return self._facts[1]
+        known = self._facts
+        if not self._telling.acquire(blocking=known is None):
+            assert known is not None
+            return known[1]
+        try:
+            known = self._facts  # of another thread, which was waited for
+            if known is None or time.monotonic() > known[0]:
+                began = time.monotonic()
+                found = info(ZarrStore(files_of(self.path), self.path))
+                now = time.monotonic()
+                self._facts = known = now + max(FACTS_S, FACTS_SHARE * (now - began)), found
+            return known[1]
+        finally:
+            self._telling.release()
 
 
 class Shelf:
@@ -99,7 +131,9 @@ class Shelf:
 
     def __init__(self, places: Sequence[Path]) -> None:
         self._lock = threading.Lock()
-        self._open: dict[str, Served] = {}
+        self._opening: dict[str, threading.Lock] = {}
+        self._open: OrderedDict[str, Served] = OrderedDict()
+        self._seen: tuple[float, dict[str, Path]] = (-LOOKED_S, {})
         self._stores: dict[str, Path] = {}
         self._folders: list[Path] = []
         for place in places:
@@ -123,7 +157,7 @@ class Shelf:
 
     def names(self) -> list[str]:
         """What is there now."""
-        return sorted(self._places())
+        return sorted(self._places_now(fresh=True))
 
     def get(self, name: str) -> Served:
         """A store by its name, open.
@@ -132,16 +166,36 @@ class Shelf:
             UnknownStoreError: there is none.
             StoreError: it is damaged.
         """
-        path = self._places().get(name)
+        path = self._places_now().get(name)
+        if path is None or not path.exists():
+            path = self._places_now(fresh=True).get(name)
         if path is None:
             raise UnknownStoreError(f"there is no store {name!r} here; GET /v1/stores lists what there is")
         with self._lock:
+            opening = self._opening.setdefault(name, threading.Lock())
+        with opening:  # others go on with other stores
             served = self._open.get(name)
-            if served is not None and not _same(served, path):
-                served = None  # deleted, and another put in its place
-            if served is None:
-                served = self._open[name] = Served(name, path)
+            if served is None or served.path != path or not served.is_there():  # or another was put in its place
+                served = Served(name, path)
+        with self._lock:
+            self._open[name] = served
+            self._open.move_to_end(name)
+            for idle in list(self._open.values())[:-MOST_WITH_FILES]:
+                if isinstance(idle.files, LocalFiles):
+                    idle.files.close()  # which a read opens again
         return served
+
+    def _places_now(self, *, fresh: bool = False) -> dict[str, Path]:
+        """Where the stores are, or were a moment ago; what is gone is let go of."""
+        looked, places = self._seen
+        if not fresh and time.monotonic() - looked < LOOKED_S:
+            return places
+        places = self._places()
+        self._seen = time.monotonic(), places
+        with self._lock:
+            for name in self._open.keys() - places.keys():
+                del self._open[name]
+        return places
 
     def _places(self, *, strict: bool = False) -> dict[str, Path]:
         """Where the stores are; what has an unusable name is an error if `strict`, later it is no store."""
@@ -188,16 +242,3 @@ def require_name(name: str, path: object) -> None:
             f"{path} would be served as /{name}, expected letters, digits, - . and _, and none of "
             f"{', '.join(sorted(RESERVED))}; rename it"
         )
-
-
-def _same(served: Served, path: Path) -> bool:
-    """Whether what lies there is still what was opened."""
-    try:
-        stat = path.stat()
-        if (served.path, served.stat.st_ino) != (path, stat.st_ino):
-            return False
-        return (
-            stat.st_mtime_ns == served.stat.st_mtime_ns if path.is_file() else read_group(served.files) == served.root
-        )
-    except (OSError, LogitstoreError):
-        return False

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from logitstore.entries import read_entry
 from logitstore.errors import CorruptStoreError
@@ -27,7 +28,7 @@ from logitstore.service.shelf import Served, Shelf
 PIECE = 1 << 18
 WRITE_ONCE = ("shards", "vocabulary")
 FOR_GOOD, ASK_AGAIN = "max-age=31536000, immutable", "no-cache"
-_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 
 @dataclass
@@ -56,7 +57,8 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
         name = request.path_params["name"]
         access.require(request, "read", name)
         shared = "public" if access.tokens is None else "private"
-        return await run_in_threadpool(answer, shelf, name, request.path_params["path"], request, shared)
+        path = request.scope["path"].partition(f"/{name}/")[2]  # the route's own match leaves out a newline at the end
+        return await run_in_threadpool(answer, shelf, name, path, request, shared)
 
     return [Route("/{name}/{path:path}", get, methods=["GET", "HEAD"])]
 
@@ -78,10 +80,11 @@ def answer(shelf: Shelf, name: str, path: str, request: Request, shared: str) ->
         "Content-Type": "application/json" if parts[-1] == GROUP else "application/octet-stream",
     }
     try:
-        if file.etag in [tag.strip() for tag in request.headers.get("if-none-match", "").split(",")]:
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if file.etag in known or known == ["*"]:
             return _closing(file, Response(status_code=304, headers=headers))
         start, stop, status = 0, file.size, 200
-        asked = request.headers.get("range", "")
+        asked = request.headers.get("range", "") if request.method == "GET" else ""
         if asked and request.headers.get("if-range", file.etag) == file.etag:
             found = part_of(asked, file.size)
             if found is not None:
@@ -90,7 +93,7 @@ def answer(shelf: Shelf, name: str, path: str, request: Request, shared: str) ->
         headers["Content-Length"] = str(stop - start)
         if request.method == "HEAD":
             return _closing(file, Response(status_code=status, headers=headers))
-        return StreamingResponse(_pieces(file, start, stop), status, headers)
+        return _Sent(file, start, stop, status, headers)
     except BaseException:
         file.close()
         raise
@@ -177,15 +180,27 @@ def _etag(served: Served, parts: list[str], version: str) -> str:
     return f'"{file_digest(version.encode())}"'
 
 
+class _Sent(StreamingResponse):
+    """A part of a file, which is closed when it is sent, or its client has gone."""
+
+    def __init__(self, file: OpenFile, start: int, stop: int, status: int, headers: dict[str, str]) -> None:
+        super().__init__(_pieces(file, start, stop), status, headers)
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._file.close()
+
+
 async def _pieces(file: OpenFile, start: int, stop: int) -> AsyncIterator[bytes]:
-    try:
-        for at in range(start, stop, PIECE):
-            piece = await run_in_threadpool(file.read, at, min(at + PIECE, stop))
-            if not piece:
-                return  # it was cut meanwhile: so is the answer, and the client sees that it is short
-            yield piece
-    finally:
-        file.close()
+    for at in range(start, stop, PIECE):
+        piece = await run_in_threadpool(file.read, at, min(at + PIECE, stop))
+        if not piece:
+            return  # it was cut meanwhile: so is the answer, and the client sees that it is short
+        yield piece
 
 
 def _closing(file: OpenFile, response: Response) -> Response:

@@ -8,6 +8,7 @@ refused from the next request on.
 import hmac
 import json
 import os
+import re
 import secrets
 import threading
 import time
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from logitstore.durable import alone_in, cannot_write, sync
@@ -24,6 +26,7 @@ from logitstore.errors import ConfigError
 SCOPES = ("read", "write", "teach")
 PREFIX = "ls"
 MOST_FILE_BYTES = 4 << 20
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ def read_grants(path: Path) -> list[Grant]:
         if path.stat().st_size > MOST_FILE_BYTES:
             raise ValueError
         rows = json.loads(path.read_bytes())
+        if not (isinstance(rows, list) and all(_is_whole(row) for row in rows)):
+            raise ValueError
         grants = [Grant(**row | {"scopes": tuple(row["scopes"]), "stores": tuple(row["stores"])}) for row in rows]
-        if not all(_is_whole(grant) for grant in grants):
+        if len({grant.id for grant in grants}) < len(grants):
             raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(
@@ -187,6 +192,12 @@ def _hash(secret: str) -> str:
     return sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _is_whole(grant: Grant) -> bool:
-    texts = (grant.id, grant.name, grant.hash, *grant.scopes, *grant.stores)
-    return all(isinstance(text, str) for text in texts) and set(grant.scopes) <= set(SCOPES) and len(grant.hash) == 64
+def _is_whole(row: dict[str, Any]) -> bool:
+    lists = row["scopes"], row["stores"]
+    return (
+        all(isinstance(value, list) for value in lists)
+        and all(isinstance(text, str) for text in (row["id"], row["name"], row["hash"], *row["scopes"], *row["stores"]))
+        and set(row["scopes"]) <= set(SCOPES)
+        and type(row["created"]) is int
+        and _HASH.fullmatch(row["hash"]) is not None
+    )
