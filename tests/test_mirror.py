@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,7 +21,6 @@ from logitstore.service_client import ServiceClient
 from logitstore.stored_index import write_index
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
-from tests.children import finish, forked, killed
 from tests.faulty_proxy import Fault, Proxy, first, proxied, status
 from tests.served import serving
 from tests.stores import VOCABULARY, contents, manifest, shard_folder, small_store
@@ -229,17 +230,33 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         assert nothing_half(mirror.folder)
 
 
+READER = """
+import sys
+from pathlib import Path
+from tests.test_mirror import mirrored
+
+url, overlay, most_bytes, times, step = sys.argv[1:]
+for _ in range(int(times)):
+    with mirrored(url, Path(overlay), int(most_bytes)) as (_, near):
+        for number in [*range(len(near))][:: int(step)] * 2:
+            near.record(number)
+"""
+
+
+def reader(url: str, overlay: Path, most_bytes: int = MOST, times: int = 1, step: int = 1) -> "subprocess.Popen[str]":
+    """A process that reads all of a store: not a forked one, which would have this one's threads' locks."""
+    words = [sys.executable, "-W", "error", "-c", READER, url, overlay, most_bytes, times, step]
+    return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True)
+
+
+def end_well(*readers: "subprocess.Popen[str]") -> None:
+    assert [each.communicate(timeout=60)[1] for each in readers] == [""] * len(readers)
+
+
 def test_a_killed_client_leaves_nothing_half_visible(served: tuple[Proxy, str], tmp_path: Path) -> None:
     proxy, url = served
-
-    def fetch() -> None:
-        with mirrored(url, tmp_path / "o") as (_, near):
-            read_all(near)
-
-    kills = 0
-    for number in range(2, 60, 6):
-        seen = len(proxy.asked)
-        reached = threading.Event()
+    for number in (3, 9, 14, 20, 30):
+        seen, reached = len(proxy.asked), threading.Event()
 
         def stop(_: str, seen: int = seen, number: int = number, reached: threading.Event = reached) -> Fault | None:
             if len(proxy.asked) - seen < number:
@@ -248,29 +265,31 @@ def test_a_killed_client_leaves_nothing_half_visible(served: tuple[Proxy, str], 
             return Fault("stall")
 
         proxy.fault = stop
-        child = forked(fetch, quiet=True)
-        kills += reached.wait(3) and killed(child)
-        if not reached.is_set():
-            finish(child)
-            break
-        if (tmp_path / "o").exists():
-            for left in (tmp_path / "o").glob("*/store"):
-                assert verify(left, quiet=True).problems == []
+        child = reader(url, tmp_path / "o")
+        killed = reached.wait(20 if number < 15 else 3)
+        child.kill()
+        child.communicate()
+        assert killed or number > 14
+        for left in (tmp_path / "o").glob("*/store"):
+            assert verify(left, quiet=True).problems == []
     proxy.fault = lambda _: None
-    finish(forked(fetch))
-    assert kills > 3
+    end_well(reader(url, tmp_path / "o"))
 
 
 def test_two_that_fetch_into_one_folder_do_not_disturb_each_other(
     store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path
 ) -> None:
-    def fetch() -> None:
-        with mirrored(served[1], tmp_path / "o") as (_, near):
-            read_all(near)
-
-    finish(*[forked(fetch) for _ in range(4)])
+    end_well(*[reader(served[1], tmp_path / "o") for _ in range(3)])
     left = next((tmp_path / "o").glob("*/store"))
     assert verify(left, quiet=True).documents == len(store) and nothing_half(tmp_path / "o")
+
+
+def test_two_that_take_away_what_the_other_reads_both_go_on(
+    store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path
+) -> None:
+    one = max(sum(len(v) for k, v in contents(shard_folder(store, n)).items()) for n in range(3))
+    end_well(*[reader(served[1], tmp_path / "o", one + 4000, 4, step) for step in (1, -1, 1)])
+    assert nothing_half(tmp_path / "o")
 
 
 def test_after_the_first_that_fails_nothing_is_begun() -> None:
