@@ -62,7 +62,7 @@ class Answer:
     def to_bytes(self, recipe: Recipe) -> bytes:
         """The frame."""
         if self.record is None:
-            payload = self.reason.encode(errors="replace")
+            payload = self.reason[: MOST_REASON_BYTES // 4].encode(errors="replace")
         else:
             payload = encode(self.record, recipe, NO_TABLE, _rank_of(recipe.vocab_size))
         head = _HEAD.pack(self.document, self.kind, len(payload))

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -261,13 +262,15 @@ def test_a_shard_that_another_service_has_mended_is_not_put_aside_again(
 ) -> None:
     monkeypatch.setattr(desk, "IDLE_S", 0.05)
     monkeypatch.setattr(shelf, "LOOKED_S", 60)  # so that the other one learns of it by the damage alone
-    first, second = Guessing(), Guessing()
+    first, second, mended = Guessing(), Guessing(), list[Path]()
+    aside = answers.put_shards_aside
+    monkeypatch.setattr(answers, "put_shards_aside", lambda place, ids: mended.append(place) or aside(place, ids))
     with serving(path, teacher=first) as one, serving(path, teacher=second) as two:
         name, lost, whole = damaged(path, "entries-0/c/0/0")
         assert kinds(one, [lost, whole]) == [Kind.TAUGHT, Kind.HIT]
         until(lambda: len(list((path / "shards").glob("[0-9a-f]*"))) == 2)
         assert kinds(two, [lost, whole]) == [Kind.HIT, Kind.HIT]
-    assert not second.computed and first.computed == [document_key(lost)]
+    assert not second.computed and first.computed == [document_key(lost)] and mended == [path]
     assert [p.name for p in (path / "shards").glob(".quarantine*")] == [f".quarantine-{name}"]
 
 
@@ -394,3 +397,30 @@ def test_what_was_asked_and_answered_is_not_kept_in_memory(path: Path, monkeypat
             until(lambda: not list(path.glob(".journal-*")) or not (path / ".journal-service-0").stat().st_size)
             counts.append(futures())
     assert counts[2] <= counts[1] + 10
+
+
+def test_an_answer_that_nobody_takes_gives_its_place_back_and_holds_nothing() -> None:
+    ended: list[bool] = []
+
+    async def run() -> bool:
+        room = asyncio.Semaphore(1)
+        await room.acquire()
+
+        async def frames() -> AsyncGenerator[bytes, None]:
+            try:
+                yield b"known"
+            finally:
+                ended.append(True)
+
+        async def receive() -> Any:
+            await asyncio.sleep(9)
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                raise limits.StalledError
+
+        with pytest.raises(limits.StalledError):
+            await answers._Held(answers._Place(room), frames())({"type": "http"}, receive, send)
+        return room.locked()
+
+    assert not asyncio.run(run()) and ended

@@ -217,10 +217,15 @@ def test_another_teacher_than_the_stores_own_teaches_nothing(served: Served) -> 
         assert not desk.teaches(served) and not teacher.computed
 
 
-def test_two_services_on_one_store_end_with_every_document_once(served: Served) -> None:
+def test_two_services_on_one_store_end_with_every_document_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ZarrStore.write_documents
+    monkeypatch.setattr(ZarrStore, "write_documents", lambda *args: time.sleep(0.3) or write(*args))
     some, other = documents(60), Shelf([served.path]).get("s")
     with working(Guessing()) as one, working(Guessing()) as two:
-        found = at_once(2, lambda n: of(asked((one, two)[n], (served, other)[n], some)))
+        found = at_once(2, lambda n: of(asked((one, two)[n], (served, other)[n], some[:: 1 - 2 * n])))
+        at_once(2, lambda n: (one, two)[n].stop())
     assert all(isinstance(record, DocumentRecord) for records in found for record in records)
     store = open_store(served.path)
     assert isinstance(store, ZarrStore)

@@ -235,6 +235,7 @@ def test_a_file_that_is_cut_while_it_is_sent_is_a_cut_answer(path: Path, monkeyp
 
 def test_2000_requests_and_those_that_were_broken_off_leave_no_file_open(path: Path) -> None:
     (path / "large").write_bytes(bytes(3_000_000))
+    os.mkfifo(path / "fifo")
     file = shard_folder(open_store(path)).relative_to(path).as_posix() + "/entries-0/c/0/0"  # type: ignore[arg-type]
     with serving(path) as url:
         where = (urlsplit(url).hostname, urlsplit(url).port)
@@ -245,6 +246,7 @@ def test_2000_requests_and_those_that_were_broken_off_leave_no_file_open(path: P
                     assert client.get(f"{url}/s/{file}").status_code == 200
                     assert client.get(f"{url}/s/zarr.json", headers={"If-None-Match": "*"}).status_code == 304
                     assert client.head(f"{url}/s/{number}").status_code == 404
+                    assert client.get(f"{url}/s/fifo").status_code == 404
                     assert client.get(f"{url}/s/zarr.json", headers={"Range": "bytes=-0"}).status_code == 416
             for _ in range(25):
                 with socket.create_connection(where) as gone:

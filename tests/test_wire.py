@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstore.errors import WireError
-from logitstore.wire import MOST_PAYLOAD_BYTES, Answer, Kind, read_answers
+from logitstore.wire import Answer, Kind, read_answers
 from tests.stores import manifest, tokens
 from tests.stubs import answer
 
@@ -64,6 +64,12 @@ def test_a_reason_written_by_hand_is_read() -> None:
     assert (found.document, found.kind, found.reason) == (2, Kind.FAILED, "zu wenig Speicher — 内存")
 
 
+def test_a_reason_of_any_length_is_one_that_a_client_takes() -> None:
+    sent = Answer(2, Kind.FAILED, reason="𝄞" * 1_000_000).to_bytes(RECIPE)
+    (found,) = read_answers([sent, frame(0, 6, b"")], DOCUMENTS[:1] * 3, RECIPE)
+    assert found.reason == "𝄞" * 1024
+
+
 def test_an_answer_that_was_cut_anywhere_says_so_after_what_came_whole() -> None:
     for at in range(0, len(WHOLE), 11):
         found = []
@@ -95,7 +101,7 @@ BODY = ANSWERS[0].to_bytes(RECIPE)[25:]
         frame(1, Kind.HIT, b""),
         frame(1, Kind.HIT, BODY[:-1]),
         frame(1, Kind.HIT, BODY + b"\0"),
-        struct.pack("<IBI", 1, 0, MOST_PAYLOAD_BYTES + 1) + bytes(16),
+        struct.pack("<IBI", 1, 0, 1 << 31) + bytes(16),
     ],
 )
 def test_what_no_service_writes_is_a_wire_error(data: bytes) -> None:
