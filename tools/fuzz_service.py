@@ -276,7 +276,8 @@ def good(token: str) -> Iterator[bytes]:
         "/ready",
         "/",
     ):
-        yield f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nRange: bytes=0-9\r\nConnection: close\r\n\r\n".encode()
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n"
+        yield f"{head}Range: bytes=0-9\r\nConnection: close\r\n\r\n".encode()
     for path in ("stats", "documents?sort=nll&where=nll>1&search=the&limit=5", "documents/0", "uploads/root", "parts"):
         yield f"GET /v1/stores/texts/{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode()
     for method, path, body in (
