@@ -38,7 +38,7 @@ from tools.service_process import Service
 CANARY = "canary-that-lies-outside-of-every-store"
 SECRET_TEXT = "words-of-a-document-that-no-log-may-hold"
 MORE_MEMORY_BYTES = 512 << 20
-AT_ONCE = 8
+AT_ONCE = 16
 SETTLED_S = 90.0
 STATUS = re.compile(r"^\S+ (?:GET|HEAD|POST|PUT|DELETE|PATCH|OPTIONS|TRACE|\S+) .* (\d+) \d+ ms ")
 
@@ -308,7 +308,7 @@ def _mutate(request: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def answer(port: int, request: bytes, patience_s: float = 0.2) -> tuple[int, bytes]:
+def answer(port: int, request: bytes, patience_s: float = 0.05) -> tuple[int, bytes]:
     """Status and body of a raw request; 0 where the connection was closed without one.
 
     Args:
