@@ -171,7 +171,8 @@ class ServiceClient:
                         fresh = piece[known : None if stop is None else known + stop - at]
                         known = max(known - len(piece), 0)
                         at += len(fresh)
-                        yield fresh
+                        if fresh:
+                            yield fresh
                         if stop is not None and at >= stop:
                             return
                     return
