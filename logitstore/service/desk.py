@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from logitstore.durable import alone_in
 from logitstore.errors import (
+    ConfigError,
     CorruptStoreError,
     LogitstoreError,
     StoreError,
@@ -336,11 +337,11 @@ class Desk:
     def _require_fit(self, teacher: Answering, served: Served) -> None:
         """Raise CannotTeachError where a store was built by another teacher, and remember why."""
         manifest = served.store.manifest
-        recipe = replace(manifest.recipe, vocab_size=teacher.vocab_size)
-        self._identity = self._identity or teacher.manifest(recipe)  # which reads all weights
         try:
+            recipe = replace(manifest.recipe, vocab_size=teacher.vocab_size)  # ConfigError: what its head cannot give
+            self._identity = self._identity or teacher.manifest(recipe)  # which reads all weights
             manifest.require_teacher(replace(self._identity, recipe=recipe), served.name)
-        except StoreError as error:
+        except (ConfigError, StoreError) as error:
             self._unfit[served] = str(error)
             raise CannotTeachError(f"this service's teacher does not teach {served.name}: {error}") from error
 
