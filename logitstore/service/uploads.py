@@ -26,6 +26,7 @@ PIECE = 1 << 20
 
 def routes(shelf: Shelf, access: Access) -> list[Route]:
     """GET /v1/stores/NAME/parts; GET, PUT and POST below /v1/stores/NAME/uploads/PART."""
+    checking: set[Upload] = set()
 
     async def parts(request: Request) -> Response:
         name = request.path_params["name"]
@@ -81,10 +82,15 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
             await run_in_threadpool(index)
             return JSONResponse({"complete": True})
         upload = await _upload(request)
+        if upload in checking:  # else each who asks again would hold a thread for as long as that takes
+            raise HTTPException(503, f"{upload.name} is being checked; ask again", {"Retry-After": "1"})
+        checking.add(upload)
         try:
             await run_in_threadpool(upload.finish)
         except RejectedError as error:
             return _rejected(error)
+        finally:
+            checking.remove(upload)
         return JSONResponse({"complete": True})
 
     async def _upload(request: Request) -> Upload:
