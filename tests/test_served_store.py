@@ -235,6 +235,18 @@ def test_a_store_that_was_replaced_is_told(store: ZarrStore, served: tuple[Proxy
         open_served(served[1], tmp_path / "o", 10**9)
 
 
+def test_a_store_that_is_deleted_leaves_what_was_fetched(store: ZarrStore, tmp_path: Path) -> None:
+    documents, said = [store.token_ids(number) for number in range(9)], list[str]()
+    with serving(store.folder.parent) as url:
+        with opened(f"{url}/s", tmp_path / "o", said.append) as near:
+            near.record(0)
+            shutil.rmtree(store.folder)
+            assert [near.get(ids) is not None for ids in documents] == [True] * 3 + [False] * 6
+        assert said == [f"there is no store at {url}/s; going on with what was fetched, and asking again in 5 minutes"]
+        with pytest.raises(ServiceError, match="404: there is no store 's' here"):
+            open_served(f"{url}/s", tmp_path / "o", 10**9)
+
+
 def test_a_budget_that_is_too_small_is_said_once(store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path) -> None:
     said: list[str] = []
     with closing(open_served(served[1], tmp_path / "o", 9000, said.append)) as near:
