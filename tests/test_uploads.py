@@ -402,6 +402,30 @@ def test_asking_again_for_a_part_that_is_being_checked_keeps_nobody_from_the_ser
     assert sorted(codes) == [200, *[503] * 44]
 
 
+def test_an_index_that_is_being_written_keeps_nobody_from_reading(
+    shelf: Path, store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store.folder, shelf / "s")
+    begins, goes_on, save = threading.Event(), threading.Event(), ZarrStore.save_index
+
+    def slow(self: ZarrStore) -> None:
+        begins.set()
+        assert goes_on.wait(20)
+        save(self)
+
+    monkeypatch.setattr(ZarrStore, "save_index", slow)
+    with serving(shelf) as url:
+        thread = threading.Thread(target=httpx2.post, args=(f"{url}/v1/stores/s/uploads/index",))
+        thread.start()
+        assert begins.wait(20)
+        try:
+            assert httpx2.get(f"{url}/v1/stores/s/shards", timeout=5).status_code == 200
+        finally:
+            goes_on.set()
+            thread.join()
+    assert (shelf / "s" / "index" / GROUP).exists()
+
+
 def test_a_part_that_is_shown_while_old_ones_are_looked_for_disturbs_nobody(tmp_path: Path) -> None:
     class Raced(Incoming):
         def _places(self) -> list[Path]:

@@ -67,7 +67,7 @@ def openapi() -> dict[str, Any]:
         "/": {"get": _operation("The web page.", {"text/html": {"schema": TEXT}}, open_to_all=True)},
         "/page/{file}": {
             "parameters": [_parameter("file", "path", TEXT, "What the web page consists of.")],
-            "get": _operation("A file of it.", dict.fromkeys(MEDIA_TYPES.values(), {}), 404, open_to_all=True),
+            "get": _operation("A file of it.", {kind: {} for kind in MEDIA_TYPES.values()}, 404, open_to_all=True),
         },
         "/docs": {"get": _operation("The same as a page.", {"text/html": {"schema": TEXT}}, open_to_all=True)},
         "/v1/stores": {"get": _operation("The stores.", some_json)},

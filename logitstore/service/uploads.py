@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from logitstore.durable import cannot_write
+from logitstore.files import LocalFiles
 from logitstore.incoming import Incoming, WrongOffsetError, write_all
 from logitstore.parts import Part, is_part_name
 from logitstore.sealed import GROUP, MOST_JSON_BYTES
@@ -20,6 +21,7 @@ from logitstore.service.access import Access
 from logitstore.service.shelf import Shelf, UnknownStoreError, require_name
 from logitstore.service.upload import RejectedError, Upload, parts_there
 from logitstore.stored_index import FOLDER as INDEX
+from logitstore.zarr_store import ZarrStore
 
 PIECE = 1 << 20
 
@@ -75,8 +77,7 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
             def index() -> None:
                 served = shelf.get(name)
                 if served.writable:
-                    with served.reading(fresh=True) as store:
-                        store.save_index()
+                    ZarrStore(LocalFiles(served.path), served.path).save_index()  # while others read the store
                     Incoming(served.path).tidy()
 
             await run_in_threadpool(index)
