@@ -22,6 +22,8 @@ from logitstore.sealed import GROUP, MOST_JSON_BYTES, Problem, file_problems
 
 FOLDER = ".incoming"
 LOCK = ".lock"
+SPARE_BYTES = 16 << 20
+"""That a disk must have beside what is to come: for the index, and names."""
 
 
 class WrongOffsetError(Exception):

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from datetime import timedelta
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from logitstore.errors import StoreFormatError, first_line
 from logitstore.file_cache import FileCache
 from logitstore.files import CannotList
-from logitstore.sealed import GROUP, MOST_JSON_BYTES
+from logitstore.sealed import GROUP, MOST_JSON_BYTES, pieces_digest
 
 TIMEOUT_S = 30
 """Without a byte. However long a file takes as a whole, an hour is enough."""
@@ -107,10 +106,7 @@ class RemoteFiles:
 
     def digest(self, name: str, size: int) -> str:
         """`sealed.file_digest` of a file of so many bytes."""
-        digest = blake2b(digest_size=16)
-        for piece in self.stream(name, 0, size):
-            digest.update(piece)
-        return digest.hexdigest()
+        return pieces_digest(self.stream(name, 0, size))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below a folder, by its name from the URL.
