@@ -1,5 +1,6 @@
 """What a store's `zarr.json` files say: the manifest, and the entry of each shard; checked before it is believed."""
 
+import re
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -13,6 +14,9 @@ from logitstore.vocabulary import Vocabulary
 
 MOST_POSITIONS = 1 << 28
 """Of one shard: a thousand times what a build puts into one. It bounds what its small files may unpack to."""
+
+
+SHARD_NAME = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,13 @@ from logitstore.durable import cannot_write
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError, CorruptStoreError, StoreWriteError
 from logitstore.files import LocalFiles
-from logitstore.incoming import Incoming, WrongOffsetError, write_all
+from logitstore.incoming import SPARE_BYTES, Incoming, WrongOffsetError, write_all
 from logitstore.moved import Pieces, Source
 from logitstore.parts import Part, folder_of
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
 from logitstore.zarr_store import ZarrStore
 
 SUFFIXES = (".zip", ".lmdb")
-SPARE_BYTES = 16 << 20
-"""For the index, and names."""
 
 
 class FolderDestination:

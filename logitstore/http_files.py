@@ -4,18 +4,16 @@ Read only. A file is fetched whole, since its digest is held against all of it b
 once is kept in memory while there is room; what may be replaced, as the index, is asked for each time.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Set
 
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.file_cache import FileCache
 from logitstore.files import WRITE_ONCE, CannotList
 from logitstore.sealed import GROUP, MOST_JSON_BYTES
 from logitstore.service_client import ServiceClient
 
-KEPT_BYTES = 512 << 20
 KEPT = (WRITE_ONCE, "vocabulary/")
 MOST_FILE_BYTES = 8 << 30
 """A file that is held in memory is no longer."""
@@ -31,36 +29,21 @@ class HttpFiles:
     def __init__(self, client: ServiceClient, *, lists: bool) -> None:
         self.client = client
         self._lists = lists
-        self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._kept_bytes = 0
-        self._lock = threading.Lock()
+        self._kept = FileCache()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See `files.Files`."""
         if not name.startswith(KEPT):
             return self._fetched(name, start, stop)
-        with self._lock:
-            data = self._kept.get(name)
-            if data is not None:
-                self._kept.move_to_end(name)
+        data = self._kept.get(name)
         if data is None:
-            data = self._fetched(name)  # outside of the lock: others read meanwhile, and one may wait for a service
-            with self._lock:
-                self._drop(name)
-                self._kept[name] = data
-                self._kept_bytes += len(data)
-                while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-                    self._drop(next(iter(self._kept)))
+            data = self._fetched(name)
+            self._kept.put(name, data)
         return data[start:stop]
 
     def forget(self, folder: str) -> None:
         """Ask again for what is below a folder: it is not what it was."""
-        with self._lock:
-            for name in [name for name in self._kept if name.startswith(f"{folder}/")]:
-                self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        self._kept_bytes -= len(self._kept.pop(name, b""))
+        self._kept.drop_below(folder)
 
     def _fetched(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         most = start + (MOST_JSON_BYTES + 1 if name.endswith(GROUP) else MOST_FILE_BYTES)

@@ -22,6 +22,8 @@ from logitstore.sealed import GROUP, MOST_JSON_BYTES, Problem, file_problems
 
 FOLDER = ".incoming"
 LOCK = ".lock"
+SPARE_BYTES = 16 << 20
+"""That a disk must have beside what is to come: for the index, and names."""
 
 
 class WrongOffsetError(Exception):
@@ -237,10 +239,10 @@ def write_all(handle: FileIO, data: bytes) -> None:
 
 
 def age_s(folder: Path) -> float:
-    """Seconds since a file below a folder was written."""
+    """Seconds since a file below a folder was written, or the folder if it has none; 0 of one that is gone by now."""
     times = []
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            if path.is_file() and path.name != LOCK:
-                times.append(path.stat().st_mtime)
-    return time.time() - max(times, default=folder.stat().st_mtime)
+    files = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names if name != LOCK]
+    for path in files or [folder]:
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return time.time() - max(times) if times else 0.0

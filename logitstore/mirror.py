@@ -21,7 +21,13 @@ import numpy.typing as npt
 
 from logitstore.durable import cannot_write, publish
 from logitstore.entries import damaged, read_entry, read_root, root_of
-from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError, StoreWriteError
+from logitstore.errors import (
+    CorruptStoreError,
+    IncompatibleStoreError,
+    ServiceError,
+    StoreFormatError,
+    StoreWriteError,
+)
 from logitstore.files import Files, LocalFiles
 from logitstore.http_files import HttpFiles
 from logitstore.overlay import INDEX, PARTIAL, SHARDS, STORE, remove, trim, used
@@ -78,7 +84,11 @@ class Mirror:
         Raises:
             IncompatibleStoreError, ServiceError, StoreError: as for all.
         """
-        final, served = self.folder / STORE, read_group(remote)
+        final = self.folder / STORE
+        try:
+            served = read_group(remote)
+        except FileNotFoundError:
+            raise ServiceError(f"there is no store at {remote.client.url}") from None
         if not final.exists():
             self._fetch(remote, "", served, read_root(remote, remote.client.url).files, final)
         if (final / GROUP).read_bytes() != served:

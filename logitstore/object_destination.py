@@ -8,7 +8,6 @@ import threading
 from pathlib import Path
 
 from logitstore.errors import StoreWriteError
-from logitstore.files import CannotList
 from logitstore.moved import Pieces, Source, index_of
 from logitstore.parts import Part, folder_of
 from logitstore.remote_files import RemoteFiles
@@ -55,10 +54,6 @@ class ObjectDestination:
                         found[name] = file_digest(group)
                     except FileNotFoundError:
                         continue  # its files are there; a part begins to exist with its last
-        except CannotList as error:
-            raise StoreWriteError(
-                f"{self._where} is a plain web server, which takes no files; type the URL of a service, or s3://..."
-            ) from error
         except OSError as error:
             raise self._cannot(error) from error
         return found

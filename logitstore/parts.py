@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from logitstore import hidden_states, position_streams, streams
-from logitstore.entries import ShardEntry, damaged, entry_of, root_of
+from logitstore.entries import SHARD_NAME, ShardEntry, damaged, entry_of, root_of
 from logitstore.errors import IncompatibleStoreError
 from logitstore.files import CannotList, Files
 from logitstore.manifest import Manifest
@@ -27,7 +27,6 @@ from logitstore.stored_vocabulary import MOST_BYTES
 from logitstore.zarr_store import MAP_PREFIX
 
 ROOT, FIDELITY = "root", "fidelity"
-_SHARD = re.compile(r"[0-9a-f]{16}")
 _MAP = re.compile(r"map-[0-9a-f]{32}")
 SMALL_BYTES = 64 << 10
 """Of a `zarr.json` of an array, and of a frame beyond its bytes: room, not what is written."""
@@ -67,7 +66,7 @@ class Part:
 
 def is_part_name(name: str) -> bool:
     """Whether a part may be called so."""
-    return name in (ROOT, FIDELITY) or bool(_SHARD.fullmatch(name) or _MAP.fullmatch(name))
+    return name in (ROOT, FIDELITY) or bool(SHARD_NAME.fullmatch(name) or _MAP.fullmatch(name))
 
 
 def folder_of(name: str) -> str:
@@ -136,7 +135,7 @@ def part_names(files: Files, where: object) -> list[str]:
             raise
         shards = sorted(indexed)
     for name in shards:
-        if not _SHARD.fullmatch(name):
+        if not SHARD_NAME.fullmatch(name):
             raise damaged(f"{where}/shards/{name}", "is no shard's name")
     maps = [name.removeprefix(MAP_PREFIX.removesuffix("map-")) for name in map_folders(files)]
     return [*shards, *maps, FIDELITY]

@@ -8,21 +8,19 @@ and keep nothing.
 import queue
 import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from datetime import timedelta
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from logitstore.errors import StoreFormatError, first_line
+from logitstore.file_cache import FileCache
 from logitstore.files import CannotList
-from logitstore.sealed import GROUP, MOST_JSON_BYTES
+from logitstore.sealed import GROUP, MOST_JSON_BYTES, pieces_digest
 
-KEPT_BYTES = 512 << 20
 TIMEOUT_S = 30
 """Without a byte. However long a file takes as a whole, an hour is enough."""
 WHOLE_S = 3600
@@ -71,22 +69,17 @@ class RemoteFiles:
         self._lists = not isinstance(self._store, HTTPStore)
         self._listing = None if listing is None else sorted(listing)
         self.listed = frozenset(listing or ())
-        self._kept: OrderedDict[str, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = FileCache()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See `files.Files`."""
-        with self._lock:
-            data = self._kept.pop(name, None)
-            if data is None and name.split("/")[-1] == GROUP:
-                data = b"".join(
-                    self.stream(name, 0, MOST_JSON_BYTES + 1)
-                )  # what is too long is not fetched whole to find out
-            elif data is None:
+        data = self._kept.get(name)
+        if data is None:
+            if name.split("/")[-1] == GROUP:  # what is too long is not fetched whole to find out
+                data = b"".join(self.stream(name, 0, MOST_JSON_BYTES + 1))
+            else:
                 data = self._ask(lambda: bytes(self._obstore.get(self._store, name).bytes()), name)
-            self._kept[name] = data
-            while sum(map(len, self._kept.values())) > KEPT_BYTES and len(self._kept) > 1:
-                self._kept.popitem(last=False)
+            self._kept.put(name, data)
         return data[start:stop]
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
@@ -113,10 +106,7 @@ class RemoteFiles:
 
     def digest(self, name: str, size: int) -> str:
         """`sealed.file_digest` of a file of so many bytes."""
-        digest = blake2b(digest_size=16)
-        for piece in self.stream(name, 0, size):
-            digest.update(piece)
-        return digest.hexdigest()
+        return pieces_digest(self.stream(name, 0, size))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Bytes of every file below a folder, by its name from the URL.
@@ -147,8 +137,7 @@ class RemoteFiles:
         finally:
             if isinstance(data, _Fetched):
                 data.close()
-        with self._lock:
-            self._kept.pop(name, None)
+        self._kept.drop(name)
 
     def delete(self, name: str) -> None:
         """Remove a file.
@@ -157,8 +146,7 @@ class RemoteFiles:
             OSError: it cannot be removed.
         """
         self._ask(lambda: self._obstore.delete(self._store, name), name)
-        with self._lock:
-            self._kept.pop(name, None)
+        self._kept.drop(name)
 
     def size(self, name: str) -> int:
         """See `files.Files`."""

@@ -6,7 +6,7 @@ changed space.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -36,6 +36,14 @@ class Problem:
 def file_digest(data: bytes) -> str:
     """blake2b-128 of some bytes, in hex."""
     return blake2b(data, digest_size=16).hexdigest()
+
+
+def pieces_digest(pieces: Iterable[bytes]) -> str:
+    """`file_digest` of bytes that come a piece after the other, and may be more than memory holds."""
+    digest = blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def seal_group(attributes: dict[str, Any]) -> bytes:
@@ -109,8 +117,4 @@ def file_problems(files: Files, folder: str, entries: FileEntries) -> Iterator[P
 
 
 def _digest_of(files: Files, name: str, size: int) -> str:
-    """`file_digest` of a file that may be larger than memory."""
-    digest = blake2b(digest_size=16)
-    for at in range(0, size, PIECE):
-        digest.update(files.read(name, at, min(at + PIECE, size)))
-    return digest.hexdigest()
+    return pieces_digest(files.read(name, at, min(at + PIECE, size)) for at in range(0, size, PIECE))

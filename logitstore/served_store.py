@@ -276,11 +276,11 @@ class ServedStore:
             return read()
         except CorruptStoreError as error:
             if self.mirror.remote is not None:
-                self.mirror.attach(self._remote)  # raises where it has become another store
-            gone = self.mirror.mend()
-            if gone:
-                fault = str(error).partition(";")[0]
-                self._say(f"{fault}; removed from {self.mirror.folder}, to be fetched again: {', '.join(gone)}")
+                try:
+                    self.mirror.attach(self._remote)  # raises where it has become another store
+                except ServiceError as lost:
+                    self._leave(lost)
+            self._mend(error)
             self._open()
             return read()
         finally:
@@ -291,7 +291,17 @@ class ServedStore:
                 )
 
     def _open(self) -> None:
-        self._fetched = ZarrStore(self.mirror, self.path)
+        try:
+            self._fetched = ZarrStore(self.mirror, self.path)
+        except CorruptStoreError as error:
+            self._mend(error)
+            self._fetched = ZarrStore(self.mirror, self.path)
+
+    def _mend(self, error: CorruptStoreError) -> None:
+        gone = self.mirror.mend()
+        if gone:
+            fault = str(error).partition(";")[0]
+            self._say(f"{fault}; removed from {self.mirror.folder}, to be fetched again: {', '.join(gone)}")
 
     def _is_there(self) -> bool:
         """Whether the service is asked; one that was away is tried again after some time."""

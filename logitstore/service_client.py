@@ -9,7 +9,6 @@ that a server may send is bounded.
 import json
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ import httpx2
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.entries import SHARD_NAME
 from logitstore.errors import ConfigError, ServiceError, ServiceLostError, WireError, first_line
 from logitstore.recipe import Recipe
 from logitstore.wire import Answer, Kind, read_answers
@@ -37,7 +37,6 @@ MOST_JSON_BYTES, MOST_ERROR_BYTES = 8 << 20, 1 << 16
 MOST_DOCUMENTS, MOST_TOKENS = 64, 1 << 15
 """Documents and their tokens that are asked for in one request; a longer document is not asked for."""
 MOST_REASON = 500
-SHARD = re.compile("[0-9a-f]{16}")
 IDENTITY = {"Accept-Encoding": "identity"}
 """Of files: what was cut can only go on where the bytes that are sent are the file's own."""
 
@@ -118,7 +117,9 @@ class ServiceClient:
         """
         found = self.json("GET", f"{self.api}/shards")
         names = found.get("shards") if isinstance(found, dict) else None
-        if not isinstance(names, list) or not all(isinstance(name, str) and SHARD.fullmatch(name) for name in names):
+        if not isinstance(names, list) or not all(
+            isinstance(name, str) and SHARD_NAME.fullmatch(name) for name in names
+        ):
             raise WireError(f"{self.api}/shards says what no service says")
         return names
 
@@ -171,7 +172,8 @@ class ServiceClient:
                         fresh = piece[known : None if stop is None else known + stop - at]
                         known = max(known - len(piece), 0)
                         at += len(fresh)
-                        yield fresh
+                        if fresh:
+                            yield fresh
                         if stop is not None and at >= stop:
                             return
                     return

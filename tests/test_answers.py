@@ -21,13 +21,15 @@ from logitstore.files import LocalFiles
 from logitstore.journal import ShardWriter
 from logitstore.key import document_key
 from logitstore.service import answers, desk, limits, shelf
+from logitstore.service.access import Access
+from logitstore.service.app import create_app
 from logitstore.service.desk import Desk
 from logitstore.service.tokens import new_token
 from logitstore.store import open_store
 from logitstore.wire import Kind, read_answers
 from logitstore.zarr_store import ZarrStore
 from tests.guessing import Guessing, ask, at_once, bytes_of, post, until
-from tests.served import serving
+from tests.served import running, serving
 from tests.stores import VOCABULARY, manifest, small_store, tokens
 from tests.stubs import answer, flip
 
@@ -245,6 +247,31 @@ def test_a_damaged_shard_without_a_teacher_is_an_error_that_names_it_and_stays(p
         assert refused.status_code == 503 and name in refused.json()["error"]
         assert kinds(url, [whole]) == [Kind.HIT]
         assert post(url, json.dumps({"documents": [lost.tolist()]}).encode()).status_code == 503
+    assert (path / "shards" / name).is_dir()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_damaged_shard_of_another_teachers_store_stays(path: Path, tmp_path: Path, *, later: bool) -> None:
+    open_store(path).save_index()
+    loads, stores = threading.Event(), shelf.Shelf([path.parent])
+
+    def load() -> Guessing:
+        assert loads.wait(20)
+        return Guessing("b" * 32)
+
+    one = Desk(load, 1 << 18, stores=lambda: [stores.get("s")])
+    with running(create_app(stores, one, Access(None))) as url:
+        one.start()
+        if later:  # than the teacher has loaded
+            loads.set()
+            until(lambda: one.state == "ready")
+            shutil.copytree(path, tmp_path / "copy")
+            shutil.rmtree(path)
+            (tmp_path / "copy").rename(path)
+        name, lost, _ = damaged(path, "entries-0/c/0/0")
+        assert post(url, json.dumps({"documents": [lost.tolist()]}).encode()).status_code == 503
+        loads.set()
+        one.stop()
     assert (path / "shards" / name).is_dir()
 
 

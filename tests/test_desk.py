@@ -217,6 +217,17 @@ def test_another_teacher_than_the_stores_own_teaches_nothing(served: Served) -> 
         assert not desk.teaches(served) and not teacher.computed
 
 
+def test_a_store_that_the_teacher_can_never_have_built_keeps_it_from_no_other(served: Served, tmp_path: Path) -> None:
+    ZarrStore.create(tmp_path / "wide.zarr", manifest("top-k:200"), VOCABULARY)
+    stores, narrow = [served, Shelf([tmp_path]).get("wide")], Guessing()
+    narrow.vocab_size = 100
+    desk = Desk(narrow, 1 << 18, stores=lambda: stores)
+    desk.start()
+    until(lambda: desk.state != "loading")
+    assert desk.state == "ready" and not desk.teaches(stores[1]) and "top-k:200" in desk.refusal(stores[1])
+    desk.stop()
+
+
 def test_two_services_on_one_store_end_with_every_document_once(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

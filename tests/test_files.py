@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -372,12 +373,32 @@ def test_a_remote_store_sees_new_shards_after_a_refresh(store: ZarrStore) -> Non
     assert len(reader) == 7 and reader.get(tokens(700, 9)) is not None
 
 
+def test_files_behind_a_url_are_fetched_by_several_threads_at_once(store: ZarrStore) -> None:
+    asked: set[str] = set()
+
+    class Together(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.add(self.path)
+            end = time.monotonic() + 2
+            while len(asked) < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+            self.send_error(404) if len(asked) < 2 else super().do_GET()
+
+        def log_message(self, *_arguments: Any) -> None:
+            pass
+
+    with served(partial(Together, directory=str(store.folder.parent))) as url, ThreadPoolExecutor(2) as pool:
+        files = RemoteFiles(url.rsplit("/", 1)[0] + "/s")
+        names = ["zarr.json", "shards/zarr.json"]
+        assert list(pool.map(files.read, names)) == [(store.folder / name).read_bytes() for name in names]
+
+
 def test_what_was_fetched_is_kept_only_while_there_is_room(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitstore.remote_files.KEPT_BYTES", 3_000)
+    monkeypatch.setattr("logitstore.file_cache.MOST_BYTES", 3_000)
     files = RemoteFiles(f"file://{store.folder}")
     for name in files.names():
         assert files.read(name) == (store.folder / name).read_bytes()
-        assert sum(map(len, files._kept.values())) <= max(3_000, files.size(name))
+        assert files._kept.size_bytes <= max(3_000, files.size(name))
     assert len(files._kept) < len(files.names())
 
 

@@ -64,11 +64,11 @@ def test_what_is_forgotten_is_asked_for_again(store: ZarrStore, near: tuple[Prox
 def test_no_more_is_kept_than_there_is_room_for(
     store: ZarrStore, near: tuple[Proxy, HttpFiles], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitstore.http_files.KEPT_BYTES", 2500)
+    monkeypatch.setattr("logitstore.file_cache.MOST_BYTES", 2500)
     names = [f"shards/{shard}/zarr.json" for shard in store.shard_names]
     for name in [*names, *names]:
         assert near[1].read(name) == (store.folder / name).read_bytes()
-        assert near[1]._kept_bytes == sum(map(len, near[1]._kept.values())) <= 2500
+        assert near[1]._kept.size_bytes == sum(map(len, near[1]._kept._kept.values())) <= 2500
     assert 1 <= sum(map(near[1].keeps, names)) < 3
 
 

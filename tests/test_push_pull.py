@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from http.server import BaseHTTPRequestHandler
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ from logitstore.files import LocalFiles
 from logitstore.folder_destination import FolderDestination
 from logitstore.gc import gc
 from logitstore.incoming import FOLDER as INCOMING
+from logitstore.incoming import Incoming
 from logitstore.merge import convert
+from logitstore.parts import part_of
 from logitstore.places import push
+from logitstore.sealed import GROUP
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
 from tests.children import finish, forked
@@ -134,6 +137,25 @@ def test_a_pull_that_is_cut_at_20_random_bytes_sends_little_twice(made: ZarrStor
         push(url, str(tmp_path / "t"), quiet=True)
     assert same(tmp_path / "t", made)
     assert given[0] < 1.1 * size, given[0] / size
+
+
+def test_a_pull_goes_on_from_a_server_that_gives_files_as_a_whole_only(made: ZarrStore, tmp_path: Path) -> None:
+    there, name = Incoming(tmp_path / "t"), made.shard_names[0]
+    part = part_of(name, (made.folder / "shards" / name / GROUP).read_bytes(), made.manifest, "s")
+    file = max(part.files, key=lambda file: int(part.files[file]["bytes"]))
+    there.begin(part)
+    with there.appending(part, file, 0) as handle:
+        handle.write(made.files.read(part.path(file))[:-10])
+    with served(partial(Whole, directory=str(made.folder.parent))) as url:
+        push(url.rsplit("/", 1)[0] + "/s", str(tmp_path / "t"), quiet=True)
+    assert same(tmp_path / "t", made)
+
+
+class Whole(SimpleHTTPRequestHandler):
+    """Knows no ranges."""
+
+    def log_message(self, *_arguments: Any) -> None:
+        pass
 
 
 def verify_or_none(path: Path) -> bool:

@@ -171,7 +171,7 @@ def test_it_stops_at_once_while_its_teacher_loads(tmp_path: Path) -> None:
 
 def test_a_teacher_that_does_not_load_leaves_the_stores_served(tmp_path: Path) -> None:
     small_store(tmp_path / "s.zarr")
-    with served(tmp_path / "s.zarr", "--teacher", tmp_path / "none", *ON_LOOPBACK) as (_, url):
+    with served(tmp_path / "s.zarr", "--teacher", tmp_path / "none", *ON_LOOPBACK) as (process, url):
         for _ in range(300):
             facts = httpx2.get(f"{url}/v1/stores/s").json()
             if facts["teacher_state"] == "lost":
@@ -179,6 +179,8 @@ def test_a_teacher_that_does_not_load_leaves_the_stores_served(tmp_path: Path) -
             time.sleep(0.05)
         assert facts["teacher_state"] == "lost" and facts["documents"] == 6 and not facts["teaches"]
         assert httpx2.get(f"{url}/ready").status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None and "the teacher does not load: " in process.stdout.read()  # though quiet
 
 
 @pytest.fixture

@@ -198,6 +198,23 @@ def test_what_is_damaged_here_is_said_and_fetched_again(
         assert answers(near, store, range(9)) == [True] * 3 + [False] * 3 + [True] * 3
 
 
+def test_what_is_damaged_here_while_the_service_is_away_is_a_miss(
+    store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    for name in ("documents", "entries-0"):
+        with opened(served[1], tmp_path / "o") as near:
+            assert all(answers(near, store, range(9)))
+        with opened(served[1], tmp_path / "o", said.append) as near:
+            damaged = near.mirror.folder / "store" / "shards" / store.shard_names[1] / name / "c" / "0" / "0"
+            damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+            served[0].upstream, upstream = None, served[0].upstream
+            assert answers(near, store, range(9)) == [True] * 3 + [False] * 3 + [True] * 3
+            served[0].upstream = upstream
+        assert any("going on with what was fetched" in line for line in said) and store.shard_names[1] in said[-1]
+        said.clear()
+
+
 def test_what_the_service_has_damaged_is_one_line(store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path) -> None:
     file = shard_folder(store) / "entries-0" / "c" / "0" / "0"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
@@ -216,6 +233,18 @@ def test_a_store_that_was_replaced_is_told(store: ZarrStore, served: tuple[Proxy
             near.record(5)
     with pytest.raises(IncompatibleStoreError, match="is another store than the one that was fetched"):
         open_served(served[1], tmp_path / "o", 10**9)
+
+
+def test_a_store_that_is_deleted_leaves_what_was_fetched(store: ZarrStore, tmp_path: Path) -> None:
+    documents, said = [store.token_ids(number) for number in range(9)], list[str]()
+    with serving(store.folder.parent) as url:
+        with opened(f"{url}/s", tmp_path / "o", said.append) as near:
+            near.record(0)
+            shutil.rmtree(store.folder)
+            assert [near.get(ids) is not None for ids in documents] == [True] * 3 + [False] * 6
+        assert said == [f"there is no store at {url}/s; going on with what was fetched, and asking again in 5 minutes"]
+        with pytest.raises(ServiceError, match="404: there is no store 's' here"):
+            open_served(f"{url}/s", tmp_path / "o", 10**9)
 
 
 def test_a_budget_that_is_too_small_is_said_once(store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path) -> None:

@@ -50,6 +50,41 @@ def test_a_store_in_the_place_of_another_is_opened_anew_and_the_same_one_stays_o
     assert second is not first and len(second.store) == 3 and not first.is_there()
 
 
+def test_two_who_open_a_store_at_once_have_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_store(tmp_path / "a.zarr")
+    shelf, opened, found = Shelf([tmp_path]), threading.Event(), list[Served]()
+    lock, second = shelf._lock, threading.Thread(target=lambda: found.append(shelf.get("a")))
+
+    class Late:
+        """Whoever has opened the store gets this late, when another has come."""
+
+        def __enter__(self) -> None:
+            if opened.is_set() and not second.ident:
+                second.start()
+                second.join(0.5)
+            lock.acquire()
+
+        def __exit__(self, *_error: object) -> None:
+            lock.release()
+
+    class Told(Served):
+        def __init__(self, name: str, path: Path) -> None:
+            super().__init__(name, path)
+            opened.set()
+
+    monkeypatch.setattr(module, "Served", Told)
+    shelf._lock = Late()  # type: ignore[assignment]
+    first = shelf.get("a")
+    second.join(20)
+    assert found == [first]
+
+
+def test_what_is_served_under_a_name_is_what_an_upload_of_that_name_begins(tmp_path: Path) -> None:
+    for name in ("x", "x.zip", "x.zarr"):
+        small_store(tmp_path / f"{name}.zarr")
+    assert Shelf([tmp_path]).names() == ["x", "x.zarr", "x.zip"]
+
+
 def test_a_zip_file_that_is_replaced_is_opened_anew(tmp_path: Path) -> None:
     for shards in (2, 1):
         small_store(tmp_path / f"{shards}", shards=shards)

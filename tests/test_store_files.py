@@ -148,6 +148,17 @@ def test_an_etag_is_the_digest_that_the_store_gives_and_spares_what_is_known(pat
             assert httpx2.get(f"{url}/s/{file}", headers={"If-None-Match": other}).status_code == 200
 
 
+def test_a_file_of_a_zip_file_in_the_place_of_another_is_sent_anew(tmp_path: Path) -> None:
+    for shards in (1, 2):
+        small_store(tmp_path / f"{shards}", shards).save_index()
+        write_zip(tmp_path / f"{shards}", tmp_path / f"{shards}.zip")
+    with serving(tmp_path / "1.zip") as url:
+        first = httpx2.get(f"{url}/1/index/counts/c/0/0")
+        (tmp_path / "2.zip").replace(tmp_path / "1.zip")
+        again = httpx2.get(f"{url}/1/index/counts/c/0/0", headers={"If-None-Match": first.headers["ETag"]})
+    assert again.status_code == 200 and again.content != first.content
+
+
 def test_if_range_sends_the_whole_of_what_has_changed(path: Path) -> None:
     with serving(path) as url:
         etag = httpx2.head(f"{url}/s/zarr.json").headers["etag"]

@@ -1,7 +1,9 @@
 """An upload counts when every byte and document was checked, appears whole, and goes on where it was cut."""
 
+import fcntl
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -29,6 +32,7 @@ from logitstore.service.upload import RejectedError, Upload
 from logitstore.service_client import RefusedError, ServiceClient
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
+from tests.guessing import until
 from tests.served import serving
 from tests.stores import VOCABULARY, contents, manifest, records, small_store
 from tests.test_files import served
@@ -239,8 +243,13 @@ def test_a_client_that_is_gone_goes_on_where_it_was_cut(
             head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
             connection.sendall(head.encode() + data[:300])
             wait_for(lambda: client.json("GET", at)["received"].get(file) == 300)
-        with pytest.raises(RefusedError, match=r"answers 409: 300 bytes of .* are here; send it from there"):
-            client.put(f"{at}/{file}?offset=200", iter([data[200:]]))
+
+        def refused() -> str:
+            with pytest.raises(RefusedError, match="answers 409: ") as caught:
+                client.put(f"{at}/{file}?offset=200", iter([data[200:]]))
+            return str(caught.value)
+
+        wait_for(lambda: re.search("300 bytes of .* are here; send it from there", refused()))  # when it has noticed
         with pytest.raises(RefusedError, match=f"answers 413: .* has {len(data):,} bytes, and no more"):
             client.put(f"{at}/{file}?offset=300", iter([data]))
         report = push(str(store.folder), f"{url}/s", quiet=True)
@@ -371,6 +380,59 @@ def test_an_upload_is_done_once_and_twice_is_no_harm(shelf: Path, store: ZarrSto
     assert sent.state() == {"complete": True, "digest": part.digest, "received": {}}
     sent.begin(part.group)
     assert not (there.folder / INCOMING).exists() and verify(there.folder, quiet=True).problems == []
+
+
+def test_asking_again_for_a_part_that_is_being_checked_keeps_nobody_from_the_service(
+    shelf: Path, store: ZarrStore
+) -> None:
+    part = first_part(store)
+    upload(store, part, begun(store, shelf / "s").folder)
+    codes: list[int] = []
+    with (shelf / "s" / INCOMING / part.path()).open("rb") as group, serving(shelf) as url:
+        fcntl.flock(group, fcntl.LOCK_EX)  # as another process that checks it
+        check = lambda: codes.append(httpx2.post(f"{url}/v1/stores/s/uploads/{part.name}", timeout=20).status_code)  # noqa: E731
+        threads = [threading.Thread(target=check) for _ in range(45)]  # more than there are threads to answer
+        for thread in threads:
+            thread.start()
+        until(lambda: len(codes) == 44)
+        assert httpx2.get(f"{url}/v1/stores", timeout=20).status_code == 200
+        fcntl.flock(group, fcntl.LOCK_UN)
+        for thread in threads:
+            thread.join()
+    assert sorted(codes) == [200, *[503] * 44]
+
+
+def test_an_index_that_is_being_written_keeps_nobody_from_reading(
+    shelf: Path, store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(store.folder, shelf / "s")
+    begins, goes_on, save = threading.Event(), threading.Event(), ZarrStore.save_index
+
+    def slow(self: ZarrStore) -> None:
+        begins.set()
+        assert goes_on.wait(20)
+        save(self)
+
+    monkeypatch.setattr(ZarrStore, "save_index", slow)
+    with serving(shelf) as url:
+        thread = threading.Thread(target=httpx2.post, args=(f"{url}/v1/stores/s/uploads/index",))
+        thread.start()
+        assert begins.wait(20)
+        try:
+            assert httpx2.get(f"{url}/v1/stores/s/shards", timeout=5).status_code == 200
+        finally:
+            goes_on.set()
+            thread.join()
+    assert (shelf / "s" / "index" / GROUP).exists()
+
+
+def test_a_part_that_is_shown_while_old_ones_are_looked_for_disturbs_nobody(tmp_path: Path) -> None:
+    class Raced(Incoming):
+        def _places(self) -> list[Path]:
+            return [self.folder / "gone"]
+
+    Raced(tmp_path / "s").remove_older(5)
+    assert Incoming(tmp_path / "s").age_s("0" * 16) == 0
 
 
 def test_what_nobody_went_on_with_for_a_day_is_removed(shelf: Path, store: ZarrStore) -> None:

@@ -70,7 +70,8 @@ def routes(shelf: Shelf, desk: Desk | None, access: Access, meters: Meters) -> l
             served = await run_in_threadpool(shelf.get, name)
             asked = await run_in_threadpool(read_request, body, served)
             refusal = _refusal(served, desk, asked, may=not access.read_only and grant.allows("teach", name))
-            found = await run_in_threadpool(_look_up, served, desk, asked, mends=not refusal)
+            mends = not refusal and desk is not None and desk.state == "ready"  # whose store it is, is known then
+            found = await run_in_threadpool(_look_up, served, desk, asked, mends=mends)
             missing = [i for i, record in enumerate(found) if not _is_whole(record, asked.documents[i])]
             meters.asked(name, len(found) - len(missing), len(missing))
             waited: dict[asyncio.Future[DocumentRecord], list[int]] = {}

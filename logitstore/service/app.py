@@ -19,7 +19,6 @@ from starlette.routing import BaseRoute
 
 from logitstore.errors import (
     ConfigError,
-    CorruptStoreError,
     IncompatibleStoreError,
     LogitstoreError,
     StoreError,
@@ -38,7 +37,6 @@ STATUS: dict[type[LogitstoreError], int] = {
     IncompatibleStoreError: 409,
     QueueFullError: 429,
     CannotTeachError: 503,
-    CorruptStoreError: 503,
     StoreWriteError: 507,
     StoreError: 503,
 }

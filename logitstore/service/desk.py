@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from logitstore.durable import alone_in
 from logitstore.errors import (
+    ConfigError,
     CorruptStoreError,
     LogitstoreError,
     StoreError,
@@ -117,8 +118,9 @@ class Desk:
         self._waiting: OrderedDict[_Name, _Asked] = OrderedDict()
         self._working: dict[_Name, _Asked] = {}
         self._identity: Manifest | None = None
+        self._vocab_size = 0
         self._writers: dict[Served, ShardWriter] = {}
-        self._unfit: dict[Served, str] = {}
+        self._misfits: dict[Served, str] = {}
         self._tokens = 0
         self._per_s = 100.0
         self._changed = threading.Condition()
@@ -148,7 +150,7 @@ class Desk:
 
     def teaches(self, served: Served) -> bool:
         """Whether the teacher is the one of this store, as far as is known while it loads."""
-        return self.state in ("loading", "ready") and served.writable and served not in self._unfit
+        return self.state in ("loading", "ready") and served.writable and not self._misfit(served)
 
     def kept(self, served: Served, key: bytes) -> DocumentRecord | None:
         """An answer that is on disk and not yet in a shard."""
@@ -193,7 +195,7 @@ class Desk:
             return f"{served.name} is gone"
         if not served.writable:
             return f"{served.name} is a zip file, which cannot be added to"
-        return self._unfit.get(served, f"the teacher is {self.state}")
+        return self._misfit(served) or f"the teacher is {self.state}"
 
     def _find(self, served: Served, key: bytes) -> _Asked | None:
         return self._waiting.get((served, key)) or self._working.get((served, key))
@@ -334,15 +336,25 @@ class Desk:
         raise AssertionError("the last one is returned or raises")
 
     def _require_fit(self, teacher: Answering, served: Served) -> None:
-        """Raise CannotTeachError where a store was built by another teacher, and remember why."""
-        manifest = served.store.manifest
-        recipe = replace(manifest.recipe, vocab_size=teacher.vocab_size)
-        self._identity = self._identity or teacher.manifest(recipe)  # which reads all weights
-        try:
-            manifest.require_teacher(replace(self._identity, recipe=recipe), served.name)
-        except StoreError as error:
-            self._unfit[served] = str(error)
-            raise CannotTeachError(f"this service's teacher does not teach {served.name}: {error}") from error
+        """Raise CannotTeachError where a store was built by another teacher."""
+        if self._identity is None:
+            self._vocab_size = teacher.vocab_size
+            self._identity = teacher.manifest(served.store.manifest.recipe)  # which reads all weights
+        why = self._misfit(served)
+        if why:
+            raise CannotTeachError(f"this service's teacher does not teach {served.name}: {why}")
+
+    def _misfit(self, served: Served) -> str:
+        """Why a store is another teacher's; nothing where it is this one's, or where that is not known yet."""
+        if self._identity is not None and served not in self._misfits:
+            manifest = served.store.manifest
+            try:
+                recipe = replace(manifest.recipe, vocab_size=self._vocab_size)  # ConfigError: what its head cannot give
+                manifest.require_teacher(replace(self._identity, recipe=recipe), served.name)
+                self._misfits[served] = ""
+            except (ConfigError, StoreError) as error:
+                self._misfits[served] = str(error)
+        return self._misfits.get(served, "")
 
     def _commit(self) -> None:
         """Make shards of what is kept, and an index of them."""

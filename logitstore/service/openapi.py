@@ -12,6 +12,7 @@ from logitstore.measures import NAMES
 from logitstore.service.answers import MOST_DOCUMENT_TOKENS, MOST_DOCUMENTS, MOST_TOKENS
 from logitstore.service.browse import MOST_LISTED
 from logitstore.service.document_json import MOST_POSITIONS
+from logitstore.service.page_files import MEDIA_TYPES
 from logitstore.service.shelf import NAME
 from logitstore.wire import MEDIA_TYPE
 
@@ -63,16 +64,21 @@ def openapi() -> dict[str, Any]:
         "/ready": {"get": _operation("Whether all stores and the teacher answer.", some_json, 503, open_to_all=True)},
         "/metrics": {"get": _operation("Counts, for Prometheus.", {"text/plain": {"schema": TEXT}})},
         "/openapi.json": {"get": _operation("This document.", some_json, open_to_all=True)},
+        "/": {"get": _operation("The web page.", {"text/html": {"schema": TEXT}}, open_to_all=True)},
+        "/page/{file}": {
+            "parameters": [_parameter("file", "path", TEXT, "What the web page consists of.")],
+            "get": _operation("A file of it.", {kind: {} for kind in MEDIA_TYPES.values()}, 404, open_to_all=True),
+        },
         "/docs": {"get": _operation("The same as a page.", {"text/html": {"schema": TEXT}}, open_to_all=True)},
         "/v1/stores": {"get": _operation("The stores.", some_json)},
-        "/v1/stores/{name}": {"parameters": [store], "get": _operation("One store.", some_json, 404, 503)},
+        "/v1/stores/{name}": {"parameters": [store], "get": _operation("One store.", some_json, 404)},
         "/v1/stores/{name}/shards": {
             "parameters": [store],
-            "get": _operation("The names of its shards.", some_json, 404, 503),
+            "get": _operation("The names of its shards.", some_json, 404),
         },
         "/v1/stores/{name}/stats": {
             "parameters": [store],
-            "get": _operation("Histograms over the documents that were read so far.", some_json, 400, 404, 503),
+            "get": _operation("Histograms over the documents that were read so far.", some_json, 400, 404),
         },
         "/v1/stores/{name}/documents": {
             "parameters": [
@@ -84,7 +90,7 @@ def openapi() -> dict[str, Any]:
                 _parameter("offset", "query", COUNT, "How many to pass over."),
                 _parameter("limit", "query", COUNT | {"minimum": 1, "maximum": MOST_LISTED}, "How many to list."),
             ],
-            "get": _operation("Documents by what the teacher made of them.", some_json, 400, 404, 503),
+            "get": _operation("Documents by what the teacher made of them.", some_json, 400, 404),
         },
         "/v1/stores/{name}/documents/{ref}": {
             "parameters": [
@@ -96,7 +102,7 @@ def openapi() -> dict[str, Any]:
                     "positions", "query", COUNT | {"minimum": 1, "maximum": MOST_POSITIONS}, "How many are wanted."
                 ),
             ],
-            "get": _operation("One document: its tokens and what is kept of them.", some_json, 400, 404, 503),
+            "get": _operation("One document: its tokens and what is kept of them.", some_json, 400, 404),
         },
         "/v1/stores/{name}/targets": {
             "parameters": [store],
@@ -104,18 +110,22 @@ def openapi() -> dict[str, Any]:
                 "What the teacher says of documents. What the store lacks is computed, kept, and sent as it becomes "
                 "known. The answer is frames, laid out in logitstore/wire.py; one without END was cut.",
                 records,
-                *(400, 404, 408, 409, 413, 415, 422, 429, 503, 507),
+                *(400, 404, 408, 409, 413, 415, 422, 429, 507),
                 body=targets,
             ),
         },
         "/v1/stores/{name}/parts": {
             "parameters": [store],
-            "get": _operation("Its parts, each with the digest of its zarr.json.", some_json, 404, 503),
+            "get": _operation("Its parts, each with the digest of its zarr.json.", some_json, 404),
         },
         "/v1/stores/{name}/uploads/{part}": {
             "parameters": [store, part],
-            "get": _operation("What has arrived of a part.", some_json, 404, 503),
-            "post": _operation("Check a part and show it; 422 names files to be sent again.", some_json, 404, 422, 507),
+            "get": _operation("What has arrived of a part.", some_json, 400, 404),
+            "post": _operation(
+                "Check a part and show it; 422 names files to be sent again, 503 says that it is being checked.",
+                some_json,
+                *(400, 404, 409, 422, 507),
+            ),
         },
         "/v1/stores/{name}/uploads/{part}/{file}": {
             "parameters": [
@@ -160,7 +170,7 @@ def _operation(
     body: dict[str, Any] | None = None,
     open_to_all: bool = False,
 ) -> dict[str, Any]:
-    codes = errors if open_to_all else (401, 403, *errors)
+    codes = errors if open_to_all else sorted({401, 403, 503, *errors})
     found: dict[str, Any] = {
         "summary": summary,
         "responses": {"200": {"description": "Done.", "content": answers}}

@@ -98,16 +98,17 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
     if not config.read_only:
         take_over(shelf)
 
-    def stamped(line: str) -> None:
-        log(f"{strftime('%Y-%m-%dT%H:%M:%S%z')} {line}")
+    def stamped(tell: Callable[[str], object]) -> Callable[[str], object]:
+        return lambda line: tell(f"{strftime('%Y-%m-%dT%H:%M:%S%z')} {line}")
 
     desk = None
     if config.teacher is not None:
-        desk = Desk(_loader(config.teacher, config.adapter_path), config.queue_tokens, stamped, lambda: readable(shelf))
+        load = _loader(config.teacher, config.adapter_path)
+        desk = Desk(load, config.queue_tokens, stamped(say), lambda: readable(shelf))
     try:
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(shelf, desk, access, stamped),
+                create_app(shelf, desk, access, stamped(log)),
                 host=config.host,
                 port=config.port,
                 ssl_certfile=config.tls_cert,

@@ -27,8 +27,6 @@ FACTS_S, FACTS_SHARE = 10.0, 20
 """What a store says of itself is so many seconds old at most, or so many times what it takes to say it."""
 LOOKED_S = 1.0
 """A store's shards are looked at again after so long, and before a document is called a miss."""
-
-
 MOST_WITH_FILES = 16
 """Stores of which files are kept open, the last used ones."""
 
@@ -177,12 +175,12 @@ class Shelf:
             served = self._open.get(name)
             if served is None or served.path != path or not served.is_there():  # or another was put in its place
                 served = Served(name, path)
-        with self._lock:
-            self._open[name] = served
-            self._open.move_to_end(name)
-            for idle in list(self._open.values())[:-MOST_WITH_FILES]:
-                if isinstance(idle.files, LocalFiles):
-                    idle.files.close()  # which a read opens again
+            with self._lock:
+                self._open[name] = served
+                self._open.move_to_end(name)
+                for idle in list(self._open.values())[:-MOST_WITH_FILES]:
+                    if isinstance(idle.files, LocalFiles):
+                        idle.files.close()  # which a read opens again
         return served
 
     def _places_now(self, *, fresh: bool = False) -> dict[str, Path]:
@@ -224,9 +222,8 @@ def name_of(path: Path) -> str:
     Raises:
         ConfigError: no URL may have it.
     """
-    name = path.resolve().name
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
+    resolved = path.resolve()
+    name = resolved.stem if resolved.suffix in SUFFIXES else resolved.name
     require_name(name, path)
     return name
 

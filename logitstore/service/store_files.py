@@ -135,7 +135,8 @@ def open_file(served: Served, parts: list[str]) -> OpenFile:
     try:
         if not served.path.is_dir():
             size = served.files.size(name)
-            return OpenFile(size, lambda a, b: served.files.read(name, a, b), _etag(served, parts, name))
+            etag = _etag(served, parts, f"{name}-{served.stat.st_mtime_ns}-{served.stat.st_ino}")
+            return OpenFile(size, lambda a, b: served.files.read(name, a, b), etag)
         handle = _open_inside(served.path, parts)
         try:
             found = os.fstat(handle)

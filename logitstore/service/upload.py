@@ -21,7 +21,7 @@ from logitstore.errors import (
 )
 from logitstore.fidelity import Fidelity
 from logitstore.files import Files, LocalFiles
-from logitstore.incoming import Incoming
+from logitstore.incoming import SPARE_BYTES, Incoming
 from logitstore.parts import FIDELITY, ROOT, Part, folder_of, part_names, part_of, root_part
 from logitstore.saved_maps import map_problems
 from logitstore.sealed import GROUP, Problem, file_digest, read_group, unseal_group
@@ -33,7 +33,6 @@ LEFT_S = 24 * 3600.0
 """An upload to which nothing was added for so long is removed."""
 ACTIVE_S = 600.0
 """One of other bytes under the same name gives way to another after so long."""
-SPARE_BYTES = 16 << 20
 
 
 class RejectedError(StoreError):

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from logitstore.durable import cannot_write
+from logitstore.files import LocalFiles
 from logitstore.incoming import Incoming, WrongOffsetError, write_all
 from logitstore.parts import Part, is_part_name
 from logitstore.sealed import GROUP, MOST_JSON_BYTES
@@ -20,12 +21,14 @@ from logitstore.service.access import Access
 from logitstore.service.shelf import Shelf, UnknownStoreError, require_name
 from logitstore.service.upload import RejectedError, Upload, parts_there
 from logitstore.stored_index import FOLDER as INDEX
+from logitstore.zarr_store import ZarrStore
 
 PIECE = 1 << 20
 
 
 def routes(shelf: Shelf, access: Access) -> list[Route]:
     """GET /v1/stores/NAME/parts; GET, PUT and POST below /v1/stores/NAME/uploads/PART."""
+    checking: set[Upload] = set()
 
     async def parts(request: Request) -> Response:
         name = request.path_params["name"]
@@ -74,17 +77,21 @@ def routes(shelf: Shelf, access: Access) -> list[Route]:
             def index() -> None:
                 served = shelf.get(name)
                 if served.writable:
-                    with served.reading(fresh=True) as store:
-                        store.save_index()
+                    ZarrStore(LocalFiles(served.path), served.path).save_index()  # while others read the store
                     Incoming(served.path).tidy()
 
             await run_in_threadpool(index)
             return JSONResponse({"complete": True})
         upload = await _upload(request)
+        if upload in checking:  # else each who asks again would hold a thread for as long as that takes
+            raise HTTPException(503, f"{upload.name} is being checked; ask again", {"Retry-After": "1"})
+        checking.add(upload)
         try:
             await run_in_threadpool(upload.finish)
         except RejectedError as error:
             return _rejected(error)
+        finally:
+            checking.remove(upload)
         return JSONResponse({"complete": True})
 
     async def _upload(request: Request) -> Upload:
