@@ -37,6 +37,8 @@ MOST_JSON_BYTES, MOST_ERROR_BYTES = 8 << 20, 1 << 16
 MOST_DOCUMENTS, MOST_TOKENS = 64, 1 << 15
 """Documents and their tokens that are asked for in one request; a longer document is not asked for."""
 MOST_REASON = 500
+MOST_NAMED = 20
+"""Stores that are listed where one was not found."""
 IDENTITY = {"Accept-Encoding": "identity"}
 """Of files: what was cut can only go on where the bytes that are sent are the file's own."""
 
@@ -74,10 +76,16 @@ class ServiceClient:
         self.silent_s = SILENT_S
         """So long an answer may stop for."""
         self._sleep = sleep
-        self._client = httpx2.Client(
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            limits=httpx2.Limits(max_connections=16),
-        )
+        try:
+            self._client = httpx2.Client(
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                limits=httpx2.Limits(max_connections=16),
+            )
+        except OSError as error:  # an SSLError is one
+            raise ConfigError(
+                f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({error.strerror or error}); type "
+                "SSL_CERT_FILE=cert.pem with the path of a PEM file"
+            ) from error
 
     def close(self) -> None:
         """Close its connections."""
@@ -97,12 +105,24 @@ class ServiceClient:
         try:
             found = self.json("GET", self.api)
         except RefusedError as error:
-            if error.by_service and (error.status != 404 or not self._has_root()):
+            if error.by_service and error.status != 404:
                 raise
+            if error.by_service and not self._has_root():
+                raise self._unknown(error) from error
             return None
         except WireError:
             return None  # a web server that answers everything with a page
         return found if isinstance(found, dict) and "teacher_state" in found else None
+
+    def _unknown(self, error: "RefusedError") -> "RefusedError":
+        """A service's 404, with the names of the stores that it has."""
+        base = self.api.rpartition("/")[0]
+        with suppress(ServiceError, TypeError, KeyError):
+            names = [one_line(store["name"]) for store in self.json("GET", base)["stores"][:MOST_NAMED]]
+            has = f"it has {', '.join(names)}" if names else "it has no store yet that you may read"
+            why = f"{self.api} answers {error.status}: there is no store {self.name!r} here; {has}"
+            return NotThereError(why, error.status, by_service=True)
+        return error
 
     def _has_root(self) -> bool:
         with suppress(FileNotFoundError, WireError):
@@ -323,13 +343,16 @@ class ServiceClient:
 
         def wait(error: Exception) -> None:
             nonlocal attempt
+            if (advice := _tls_advice(error)) is not None:
+                raise ServiceLostError(f"{self.url}: {first_line(error)}; {advice}") from error
             wait_s = min(FIRST_WAIT_S * 2**attempt, LAST_WAIT_S) * (0.5 + random.random())
             if isinstance(error, RefusedError):
                 wait_s = max(wait_s, error.wait_s)
             if time.monotonic() + wait_s - started > patience_s:
                 why = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {first_line(error)}"
                 raise ServiceLostError(
-                    f"{what} of {self.url} does not answer, asked {attempt + 1} times ({why}); is the service up?"
+                    f"{what} of {self.url} does not answer, asked {attempt + 1} times ({why}); is the service up, "
+                    "and is this its address?"
                 ) from error
             attempt += 1
             self._sleep(wait_s)
@@ -373,8 +396,20 @@ def _refusal(url: str, response: httpx2.Response) -> RefusedError:
     wait_s = min(float(asked), LAST_WAIT_S) if asked.isdecimal() else 0.0
     status = response.status_code
     if status == 401 and TOKEN not in why:
-        why = f"{why}; set {TOKEN} to a token, which whoever runs the service makes with `logitstore token new`"
+        made = (
+            "" if "ask whoever" in why else "a token, which whoever runs the service makes with `logitstore token new`"
+        )
+        why = f"{why}; set {TOKEN} to {made or 'that'}"
     return kind(f"{url} answers {status}: {why}", status, wait_s, by_service=by_service)
+
+
+def _tls_advice(error: Exception) -> str | None:
+    """What to type about a fault that no waiting mends; None of another."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "type SSL_CERT_FILE=cert.pem with its certificate, or that of who signed it, before the command"
+    if "WRONG_VERSION_NUMBER" in str(error):
+        return "it does not speak TLS; type http:// in the place of https://"
+    return None
 
 
 def one_line(text: object) -> str:

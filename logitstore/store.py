@@ -81,6 +81,8 @@ def files_of(path: Path) -> Files:
         StoreFormatError: something else.
     """
     if not path.exists():
+        if re.fullmatch(r"[\w.-]+:\d+/.+", str(path)):
+            raise StoreNotFoundError(f"there is no store at {path}; type a service's URL as http://{path}")
         raise StoreNotFoundError(
             f"there is no store at {path}; type `logitstore build --teacher T --dataset D --out {path}`"
         )

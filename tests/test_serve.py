@@ -66,6 +66,10 @@ def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
         (("--tokens", "none.json"), "token new"),
         (("--read-only", "--teacher", "x"), "--read-only"),
         (("--queue-tokens", "0"), "--queue-tokens"),
+        (("--teacher", "none.gguf"), "nothing at none.gguf"),
+        (("--teacher", ".", "--adapter-path", "none"), "no folder none"),
+        (("--adapter-path", "x"), "--teacher T"),
+        (("none.zarr",), "nothing at none.zarr"),
         (("--host", "no-such-host.invalid", "--insecure"), "--host"),
     ],
 )
@@ -171,6 +175,7 @@ def test_it_stops_at_once_while_its_teacher_loads(tmp_path: Path) -> None:
 
 def test_a_teacher_that_does_not_load_leaves_the_stores_served(tmp_path: Path) -> None:
     small_store(tmp_path / "s.zarr")
+    (tmp_path / "none").mkdir()
     with served(tmp_path / "s.zarr", "--teacher", tmp_path / "none", *ON_LOOPBACK) as (process, url):
         for _ in range(300):
             facts = httpx2.get(f"{url}/v1/stores/s").json()

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from distill_cli import moving, service
-from distill_cli.outcome import one_line_errors, say_blas
+from distill_cli.outcome import LocalPath, one_line_errors, say_blas
 
 READ = click.argument("store")  # as it was typed: it may be a URL
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -52,7 +52,7 @@ def main() -> None:
 @main.command()
 @click.option("--teacher", required=True, help=TEACHER)
 @click.option("--dataset", required=True, help="A .jsonl or .parquet file, an mlx-lm data folder, or a hub dataset.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The store: begun, extended or finished.")
+@click.option("--out", required=True, type=LocalPath(), help="The store: begun, extended or finished.")
 @click.option("--adapter-path", help="A LoRA adapter of the teacher.")
 @click.option("--split", default="train", show_default=True, help="Which split of a data folder or hub dataset.")
 @click.option(
@@ -193,6 +193,8 @@ def verify(
         from logitstore.verify import verify as check
 
         asked: Any = _teacher(store, teacher, adapter_path, quiet) if teacher else None
+        if mend and "://" in store:
+            raise click.UsageError(f"{store} is a URL; `--repair` mends a folder: type its path, where it is.")
         if mend:
             from logitstore.repair import repair
 
@@ -249,7 +251,7 @@ def inspect(store: str, number: int, candidates: int) -> None:
 @main.command()
 @READ
 @JSON
-@click.option("--html", type=click.Path(path_type=Path), help="Write one page with plots to this file.")
+@click.option("--html", type=LocalPath(), help="Write one page with plots to this file.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def stats(store: str, as_json: bool, html: Path | None, quiet: bool) -> None:
     """Show what a store's targets look like: size, fidelity and histograms."""

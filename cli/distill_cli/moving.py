@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from distill_cli.outcome import one_line_errors
+from distill_cli.outcome import LocalPath, one_line_errors
 
 GO_ON = "What is finished is kept; type the same command to go on."
-OUT = click.argument("out", type=click.Path(path_type=Path))
+OUT = click.argument("out", type=LocalPath())
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
 JOBS = click.option("--jobs", type=click.IntRange(min=1), default=4, show_default=True, help="Files at once.")
 
@@ -40,7 +40,7 @@ def merge(stores: tuple[str, ...], out: Path, quiet: bool) -> None:
 
 
 @click.command()
-@click.argument("place", metavar="[STORE|DIR]", type=click.Path(path_type=Path), required=False)
+@click.argument("place", metavar="[STORE|DIR]", type=LocalPath(), required=False)
 @click.option("--overlay", is_flag=True, help="Of what was fetched from services: DIR, else the user's cache folder.")
 @click.option("--overlay-gb", type=float, default=20, show_default=True, help="So much of that may stay.")
 @click.option("--dry-run", is_flag=True, help="List what would go; remove nothing.")
@@ -71,6 +71,8 @@ def _gc_overlay(place: Path | None, overlay_gb: float, *, dry_run: bool) -> None
     overlay = default_overlay() if place is None else place.expanduser()
     if not 0 <= overlay_gb < float("inf"):
         raise click.UsageError(f"--overlay-gb is {overlay_gb:g}, expected a number of at least 0.")
+    if place is not None and not overlay.is_dir():
+        raise click.UsageError(f"there is no folder {overlay}; type the DIR that --overlay had, or none.")
     report = gc_overlay(overlay, round(overlay_gb * 1e9), dry_run=dry_run)
     verb = "to free" if dry_run else "freed"
     for url in sorted({each.url for each in (*report.gone, *report.stays)}):
@@ -83,14 +85,14 @@ def _gc_overlay(place: Path | None, overlay_gb: float, *, dry_run: bool) -> None
 
 
 @click.command(name="import")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=LocalPath())
 @click.option("--format", required=True, help="distillkit, axolotl, dwq or mlx-kld.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The store: begun or finished.")
+@click.option("--out", required=True, type=LocalPath(), help="The store: begun or finished.")
 @click.option("--teacher", required=True, help="The name of the teacher; the cache holds no more of it.")
 @click.option("--tokenizer", required=True, help="The tokenizer of the cache's token ids: a folder or a hub id.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help="Width of the teacher's LM head, if not in the cache.")
 @click.option("--assume-normalised", is_flag=True, help="Take kept probabilities for all, where a cache tells no more.")
-@click.option("--compression-config", type=click.Path(path_type=Path), help="distillkit: the settings of the capture.")
+@click.option("--compression-config", type=LocalPath(), help="distillkit: the settings of the capture.")
 @click.option("--legacy-values", help="distillkit: what its first codec holds, log-probs or logits.")
 @click.option("--alignment", help="axolotl: legacy (up to 0.18) or current.")
 @click.option("--logprobs-field", help="axolotl: the column of log-probs.")
@@ -99,7 +101,7 @@ def _gc_overlay(place: Path | None, overlay_gb: float, *, dry_run: bool) -> None
     "--renormalised/--not-renormalised", default=None, help="axolotl: whether entries were scaled to sum to 1."
 )
 @click.option("--split", help="dwq: which folder, train or valid.")
-@click.option("--tokens", type=click.Path(path_type=Path), help="Token ids as JSON Lines, where the cache has none.")
+@click.option("--tokens", type=LocalPath(), help="Token ids as JSON Lines, where the cache has none.")
 @click.option(
     "--no-check-alignment",
     "check_alignment",

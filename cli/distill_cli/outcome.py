@@ -4,12 +4,32 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import click
 
 from logitstore.errors import LogitstoreError
 
 INTERRUPTED = 130
+
+
+class LocalPath(click.Path):
+    """A path on this machine: a URL is refused before it becomes a folder called `http:`."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Read what was typed."""
+        if "://" in str(value):
+            self.fail(
+                f"{value} is a URL, and this is done on this machine; type a path, and `logitstore push` or `pull` to "
+                "move a store",
+                param,
+                context,
+            )
+        return super().convert(value, param, context)
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from distill_cli.outcome import one_line_errors, say_blas
+from distill_cli.outcome import LocalPath, one_line_errors, say_blas
 from logitstore.errors import ConfigError
 
-FILE = click.Path(path_type=Path)
+FILE = LocalPath()
 TOKENS = click.option("--tokens", required=True, type=FILE, help="The file of tokens that `serve --tokens` takes.")
 
 

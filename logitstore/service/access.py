@@ -50,8 +50,10 @@ class Access:
         """
         grant = self.grant(request)
         if not grant.allows(scope, store):
-            of = f" of {store}" if store is not None else ""
-            raise HTTPException(403, f"this token does not allow to {scope}{of}; ask whoever runs the service")
+            what = scope if store is None else f"{scope} {store}"
+            raise HTTPException(
+                403, f"this token does not allow to {what}; ask whoever runs the service for one with --scope {scope}"
+            )
         if self.read_only and scope != "read":
             raise HTTPException(403, "this service only reads; it was started with --read-only")
         return grant

@@ -161,7 +161,7 @@ def _refusal(served: Served, desk: Desk | None, asked: Asked, *, may: bool) -> s
     if desk is None or not asked.teach:
         return "the store lacks it, and nobody teaches here" if desk is None else "the store lacks it"
     if not may:
-        return "the store lacks it, and this token does not allow to teach"
+        return "the store lacks it, and this token does not allow to teach; ask for one with --scope teach"
     return "" if desk.teaches(served) else desk.refusal(served)
 
 

@@ -1,6 +1,7 @@
 """`logitstore serve`: stores, and perhaps their teacher, behind HTTP until it is stopped."""
 
 import ipaddress
+import re
 import resource
 import socket
 from collections.abc import Callable
@@ -70,6 +71,8 @@ class ServeConfig:
                 raise ConfigError(f"there is no file {path}; type --tls-cert and --tls-key with PEM files")
         if self.read_only and self.teacher is not None:
             raise ConfigError("--read-only writes nothing, and a teacher's answers are kept; leave one of the two out")
+        if self.adapter_path is not None and self.teacher is None:
+            raise ConfigError("--adapter-path is the teacher's; type --teacher T with it")
         if self.queue_tokens < 1:
             raise ConfigError(f"queue-tokens is {self.queue_tokens}, expected at least 1; type --queue-tokens 262144")
 
@@ -80,6 +83,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def require_model(source: str, adapter_path: str | None) -> None:
+    """Check what the paths of a teacher say before it is loaded, which another thread does later.
+
+    Raises:
+        ConfigError: nothing is there, and it is no hub id either.
+    """
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not source.endswith(".gguf")
+    if not (hub_id or Path(source).expanduser().exists()):
+        raise ConfigError(f"there is nothing at {source}; type --teacher with a model folder, a .gguf file or a hub id")
+    if adapter_path is not None and not Path(adapter_path).expanduser().is_dir():
+        raise ConfigError(f"there is no folder {adapter_path}; type --adapter-path with that of a LoRA adapter")
 
 
 def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str], object]) -> None:
@@ -103,6 +119,7 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
 
     desk = None
     if config.teacher is not None:
+        require_model(config.teacher, config.adapter_path)
         load = _loader(config.teacher, config.adapter_path)
         desk = Desk(load, config.queue_tokens, stamped(say), lambda: readable(shelf))
     try:
@@ -140,6 +157,9 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
             say(f"{shelf.get(name).path} is {scheme}://{host}:{port}/{name}")
         except StoreError as error:
             say(f"{name} is not served: {error}")
+    if not shelf.names():
+        where = shelf.begins_stores
+        say(f"no stores in {where} yet; build into it, or `logitstore push STORE {scheme}://{host}:{port}/NAME`")
     if config.tls_cert is None and config.tokens is not None and not is_loopback(config.host):
         say("tokens travel in clear without --tls-cert and --tls-key, or a proxy in front that has them")
     if desk is not None:

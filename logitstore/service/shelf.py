@@ -140,6 +140,8 @@ class Shelf:
                     f"{place} is an LMDB file, which a run on this machine reads; type `logitstore convert {place} "
                     f"{place.with_suffix('.zarr')}`, and serve that"
                 )
+            if not place.exists():
+                raise ConfigError(f"there is nothing at {place}; type the path of a store, or of a folder of stores")
             if place.is_dir() and not (place / GROUP).exists():
                 self._folders.append(place)
             else:

@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -81,10 +81,14 @@ class TokenFile:
                 seen = stat.st_mtime_ns, stat.st_size, stat.st_ino
                 if seen != self._seen:
                     self._grants, self._seen = {grant.id: grant for grant in read_grants(self._path)}, seen
+            except FileNotFoundError as error:
+                raise ConfigError(
+                    f"there is no file {self._path}; type `logitstore token new --tokens {self._path} --name NAME` to "
+                    "begin it"
+                ) from error
             except OSError as error:
                 raise ConfigError(
-                    f"{self._path} cannot be read ({error.strerror}); type `logitstore token new --tokens "
-                    f"{self._path}` to begin it"
+                    f"{self._path} cannot be read ({error.strerror}); type the path of a file that this user may read"
                 ) from error
             return self._grants
 
@@ -179,6 +183,9 @@ def _replace(path: Path, grants: Sequence[Grant]) -> None:
     partial = path.with_name(f".partial-{uuid4().hex}")
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with suppress(OSError):  # root edits the file of a service that runs as another user; only root may
+                stat = path.stat()
+                os.chown(file.fileno(), stat.st_uid, stat.st_gid)
             json.dump([asdict(grant) for grant in grants], file, indent=1)
             file.write("\n")
         sync(partial)

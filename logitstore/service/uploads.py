@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from logitstore.durable import cannot_write
+from logitstore.errors import ConfigError
 from logitstore.files import LocalFiles
 from logitstore.incoming import Incoming, WrongOffsetError, write_all
 from logitstore.parts import Part, is_part_name
@@ -117,6 +118,9 @@ def _folder(shelf: Shelf, name: str) -> Path:
         if shelf.begins_stores is None:
             raise
         require_name(name, name)
+        plain = name.removesuffix(".zarr").removesuffix(".zip")
+        if plain != name:
+            raise ConfigError(f"stores are served without .zarr and .zip; type the URL with /{plain}") from None
         return shelf.begins_stores / f"{name}.zarr"
     if not served.writable:
         raise HTTPException(403, f"{name} is a zip file, which takes nothing; serve a folder")

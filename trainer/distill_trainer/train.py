@@ -88,6 +88,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         (require_run if config.resume else require_new)(Path(config.out))
     if not among.first:
         config, say = replace(config, quiet=True, report_to=()), lambda _: None
+    say = _between_bars(say)
     teachers = open_stores(config, say)
     student = load_student(config)
     report = TokenizeReport()
@@ -172,6 +173,16 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         go_on = "; --resume goes on from there" if resumes else ""
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}{go_on}") from failure
     return run
+
+
+def _between_bars(say: Callable[[str], object]) -> Callable[[str], object]:
+    """Lines that do not run into a progress bar, which is drawn again below them."""
+
+    def line(text: str) -> None:
+        with tqdm.external_write_mode():
+            say(text)
+
+    return line
 
 
 def save_run(
