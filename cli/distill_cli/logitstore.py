@@ -194,7 +194,9 @@ def verify(
 
         asked: Any = _teacher(store, teacher, adapter_path, quiet) if teacher else None
         if mend and "://" in store:
-            raise click.UsageError(f"{store} is a URL; `--repair` mends a folder: type its path, where it is.")
+            raise click.UsageError(
+                f"{store} is a URL and is no folder, and only folders can be repaired; type its path, where it is."
+            )
         if mend:
             from logitstore.repair import repair
 
