@@ -206,6 +206,7 @@ def main(context: click.Context, /, config_file: Path | None, **options: Any) ->
         click.echo(
             f"{report.steps:,} steps, {report.trained_tokens:,} tokens at {report.tokens_per_second:,.0f} tokens/s; "
             f"{report.count.hits:,} hits, {report.count.misses:,} misses (positions)"
+            + (f", {report.count.by_service:,} of them answered by the service" if report.count.by_service else "")
             + (f", {report.count.failed:,} of them not answered by the teacher" if report.count.failed else "")
         )
         if report.valid:

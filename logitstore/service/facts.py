@@ -13,6 +13,7 @@ from logitstore.service.access import Access
 from logitstore.service.desk import Desk
 from logitstore.service.meters import Meters
 from logitstore.service.shelf import Shelf
+from logitstore.service.tokens import Grant
 
 
 def routes(shelf: Shelf, desk: Desk | None, access: Access, meters: Meters) -> list[Route]:
@@ -30,17 +31,17 @@ def routes(shelf: Shelf, desk: Desk | None, access: Access, meters: Meters) -> l
         names = [name for name in await run_in_threadpool(shelf.names) if grant.allows("read", name)]
 
         def every() -> list[dict[str, Any]]:
-            return [store_facts(name, shelf, desk, access, meters) for name in names]
+            return [store_facts(name, grant, shelf, desk, access, meters) for name in names]
 
         return JSONResponse({"stores": await run_in_threadpool(every), "version": __version__})
 
     async def store(request: Request) -> Response:
         name = request.path_params["name"]
-        access.require(request, "read", name)
+        grant = access.require(request, "read", name)
 
         def one() -> dict[str, Any]:
             shelf.get(name)  # raises where there is none
-            return store_facts(name, shelf, desk, access, meters)
+            return store_facts(name, grant, shelf, desk, access, meters)
 
         return JSONResponse(await run_in_threadpool(one))
 
@@ -75,8 +76,11 @@ def faults_of(shelf: Shelf, desk: Desk | None) -> list[str]:
     return faults
 
 
-def store_facts(name: str, shelf: Shelf, desk: Desk | None, access: Access, meters: Meters) -> dict[str, Any]:
-    """What a store holds and what made it, who teaches it, and how it was asked; of a damaged one, its error."""
+def store_facts(
+    name: str, grant: Grant, shelf: Shelf, desk: Desk | None, access: Access, meters: Meters
+) -> dict[str, Any]:
+    """What a store holds and what made it, whether it is taught for this token, and how it was asked; of a damaged one,
+    its error."""
     hits, misses, history = meters.of(name)
     asked = {"name": name, "hits": hits, "misses": misses, "history": history}
     try:
@@ -84,7 +88,8 @@ def store_facts(name: str, shelf: Shelf, desk: Desk | None, access: Access, mete
         found = served.facts()
     except StoreError as error:
         return asked | {"error": " ".join(str(error).split())}
-    teaches = desk is not None and not access.read_only and desk.teaches(served)
+    may_teach = grant.allows("teach", name) and not access.read_only
+    teaches = desk is not None and may_teach and desk.teaches(served)
     documents, tokens = desk.waiting if desk is not None else (0, 0)
     recipe = found["recipe"]
     return asked | {
