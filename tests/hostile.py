@@ -151,7 +151,7 @@ def try_to_harm(data: bytes, scratch: Path) -> None:
             for name, content in golden(select).items():
                 archive.writestr(name, content)
         path.write_bytes(edited_bytes(path.read_bytes(), program, from_end=True))
-        with suppress(OSError):  # `store.files_of` makes one line of it
+        with suppress(OSError):  # `store.files_at` makes one line of it
             files = ZipFiles(path)
             read_all(lambda: ZarrStore(files, path), lambda: verify.verify(path, quiet=True))
     else:
@@ -161,7 +161,7 @@ def try_to_harm(data: bytes, scratch: Path) -> None:
         memory = MemoryFiles(edited(held, program))
 
         def check() -> verify.VerifyReport:
-            with mock.patch.object(verify, "files_of", return_value=memory):
+            with mock.patch.object(verify, "files_at", return_value=memory):
                 return verify.verify(Path("store"), quiet=True)
 
         read_all(lambda: ZarrStore(memory, "store"), check)
