@@ -74,6 +74,15 @@ class Incoming:
         Raises:
             OSError: full disk or no permission.
         """
+        while True:
+            try:
+                self._begin(part)
+                return
+            except FileNotFoundError:  # the folder was empty for a moment, and somebody has removed it
+                if not self.store.exists():
+                    raise
+
+    def _begin(self, part: Part) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with alone_in(self.folder):
             if self.group(part.name) == part.group:

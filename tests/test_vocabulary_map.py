@@ -35,7 +35,7 @@ def test_ids_that_pad_the_heads_are_mapped_to_nothing_and_by_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "made", [tiny_tokenizer, tokenizers.sentencepiece_bpe, tokenizers.unigram, tokenizers.wordpiece], ids=str
+    "made", [tiny_tokenizer, tokenizers.sentencepiece_bpe, tokenizers.unigram, tokenizers.wordpiece]
 )
 def test_a_vocabulary_is_mapped_to_itself_id_by_id(made: object) -> None:
     own = vocabulary_of(made())  # type: ignore[operator]

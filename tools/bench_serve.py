@@ -154,7 +154,7 @@ def watch(service: Service, documents: list[TokenIds], store: ZarrStore, seconds
         "most_mb": max(samples) / 1e6,
         "early_mb": early / 1e6,
         "late_mb": late / 1e6,
-        "open_files": service.open_files(),
+        "connections": service.connections(),
     }
 
 
@@ -174,7 +174,7 @@ def show(measured: dict[str, object]) -> None:
         print(
             f"{memory['requests']:,} requests in {memory['minutes']:.0f} minutes: {memory['early_mb']:.1f} MB in the "
             f"second quarter, {memory['late_mb']:.1f} MB in the last, {memory['most_mb']:.1f} MB at most, "
-            f"{memory['open_files']} open files"
+            f"{memory['connections']} connections"
         )
         growth = memory["late_mb"] - memory["early_mb"]
         targets.append(Target.at_most("growth of the service's memory, MB", TARGET_GROWTH_MB, growth))

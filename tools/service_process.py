@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -82,6 +83,10 @@ class Service:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def open_files(self) -> int:
-        """File handles that it holds."""
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+    def connections(self) -> int:
+        """Sockets that it holds open."""
+        found = 0
+        for handle in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(OSError):  # closed since it was listed
+                found += str(handle.readlink()).startswith("socket:")
+        return found
