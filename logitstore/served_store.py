@@ -175,9 +175,16 @@ class ServedStore:
         return self.manifest.fingerprint
 
     def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
-        """See `contract.Store`."""
+        """See `contract.Store`. What the service has damaged, its teacher is asked to compute again."""
         ids = np.asarray(token_ids)
-        return self._reading(lambda: self._stack.get(ids, temperature, replica))
+        try:
+            return self._reading(lambda: self._stack.get(ids, temperature, replica))
+        except CorruptStoreError as error:
+            (record,) = self.taught([ids.astype(np.int32)])
+            if record is None:
+                raise
+            self._say_once(f"{str(error).partition(';')[0]}; the service has computed it again")
+            return self.manifest.recipe.read(record.records, temperature, replica)
 
     def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
         """See `contract.Store`."""

@@ -224,6 +224,20 @@ def test_what_the_service_has_damaged_is_one_line(store: ZarrStore, served: tupl
         assert "\n" not in str(caught.value) and near.record(5) is not None
 
 
+def test_what_the_service_has_damaged_its_teacher_computes_again(store: ZarrStore, tmp_path: Path) -> None:
+    documents = [store.token_ids(number) for number in range(9)]
+    file = shard_folder(store) / "entries-0" / "c" / "0" / "0"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with taught(store) as (_, url, guesser), opened(url, tmp_path / "o") as near:
+        for document in documents:
+            found = near.get(document)
+            if found is None:  # of the shard that was put aside when the first was asked for
+                (record,) = near.taught([document])
+                assert record is not None
+        assert guesser.asked == 3 and all(near.answered(document) == len(document) - 1 for document in documents)
+    assert len(list((store.folder / "shards").glob(".quarantine-*"))) == 1
+
+
 def test_a_store_that_was_replaced_is_told(store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path) -> None:
     with opened(served[1], tmp_path / "o") as near:
         near.record(0)
