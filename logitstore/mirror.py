@@ -217,17 +217,27 @@ class Mirror:
             final = self.folder / INDEX
             if final.exists() and time.monotonic() - self._looked < INDEX_S:
                 return
-            served = read_group(remote, INDEX)
-            self._looked = time.monotonic()
-            with suppress(FileNotFoundError):
-                if (final / GROUP).read_bytes() == served:
-                    used(final)
-                    return
-            files = unseal_group(served, f"{remote.client.url}/{INDEX}").get("files")
-            if not are_file_entries(files):
-                raise damaged(f"{remote.client.url}/{INDEX}/{GROUP}", "says what no logitstore writes")
-            remove(final)
+            while not self._fetched_index(remote, read_group(remote, INDEX), final):
+                pass  # the service has replaced it meanwhile
+
+    def _fetched_index(self, remote: HttpFiles, served: bytes, final: Path) -> bool:
+        """Fetch the index of which this is the `zarr.json`; False where the service has another one by now."""
+        self._looked = time.monotonic()
+        with suppress(FileNotFoundError):
+            if (final / GROUP).read_bytes() == served:
+                used(final)
+                return True
+        files = unseal_group(served, f"{remote.client.url}/{INDEX}").get("files")
+        if not are_file_entries(files):
+            raise damaged(f"{remote.client.url}/{INDEX}/{GROUP}", "says what no logitstore writes")
+        remove(final)
+        try:
             self._fetch(remote, INDEX, served, files, final)
+        except (CorruptStoreError, FileNotFoundError):
+            if read_group(remote, INDEX) == served:
+                raise
+            return False
+        return True
 
     def _fetch_shard(self, remote: HttpFiles, shard: str) -> None:
         where, final = f"{SHARDS}/{shard}", self.folder / STORE / SHARDS / shard

@@ -33,7 +33,7 @@ from logitstore.overlay import STORE, TAUGHT, folder_of, remove_left, used
 from logitstore.recipe import DocumentRecord
 from logitstore.sealed import GROUP
 from logitstore.service_client import PATIENCE_S as IMPATIENCE_S
-from logitstore.service_client import SILENT_S, RefusedError, ServiceClient
+from logitstore.service_client import SILENT_S, TOKEN, RefusedError, ServiceClient
 from logitstore.stack import Stack
 from logitstore.store import create_store, open_store
 from logitstore.targets import SparseTargets
@@ -82,7 +82,9 @@ def open_served(
             say(f"{error}; going on with what was fetched into {folder}")
             facts, mirror = None, Mirror(None, folder, most_bytes)
         client.patience_s, client.silent_s = PATIENCE_S, SILENT_S
-        return ServedStore(client, remote, mirror, teaches=bool(facts and facts.get("teaches") is True), say=say)
+        if facts and facts.get("teaches") is True and facts.get("may_teach") is False:
+            say(f"{client.url} is taught, and the token in {TOKEN} does not allow that; ask for one with --scope teach")
+        return ServedStore(client, remote, mirror, teaches=_teaches(facts), say=say)
     except BaseException:
         client.close()
         raise
@@ -317,7 +319,7 @@ class ServedStore:
             try:
                 facts = self._client.facts()
                 self.mirror.attach(self._remote)
-                self.teaches = bool(facts and facts.get("teaches") is True)
+                self.teaches = _teaches(facts)
                 self._open()
                 self._say(f"{self.path} answers again")
             except (ServiceError, StoreError) as error:
@@ -341,6 +343,11 @@ class ServedStore:
         if line not in self._said:
             self._said.add(line)
             self._say(line)
+
+
+def _teaches(facts: dict[str, Any] | None) -> bool:
+    """Whether a service's teacher may be asked; one that does not say who may lets everybody."""
+    return facts is not None and facts.get("teaches") is True and facts.get("may_teach") is not False
 
 
 def _is_about_teaching(error: ServiceError) -> bool:

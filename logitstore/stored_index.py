@@ -134,6 +134,7 @@ def read_index(files: Files, where: object) -> StoredIndex | None:
         CorruptStoreError: its bytes are not those that were written.
     """
     while True:
+        begun = None
         try:
             begun = read_group(files, FOLDER)
             index = StoredIndex(files, where)
@@ -145,7 +146,7 @@ def read_index(files: Files, where: object) -> StoredIndex | None:
             raise damaged(f"{where}/{FOLDER}", f"cannot be read ({error})") from error
         except CorruptStoreError:
             try:
-                if read_group(files, FOLDER) == begun:
+                if begun is None or read_group(files, FOLDER) == begun:
                     raise
             except FileNotFoundError:
                 return None

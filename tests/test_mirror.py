@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from logitstore.errors import CorruptStoreError, IncompatibleStoreError, Logitst
 from logitstore.http_files import HttpFiles
 from logitstore.info import info
 from logitstore.mirror import Mirror, together
-from logitstore.overlay import STORE, folder_of
+from logitstore.overlay import INDEX, STORE, folder_of
 from logitstore.sealed import GROUP, file_digest, seal_group
 from logitstore.service_client import ServiceClient
 from logitstore.stored_index import write_index
@@ -23,7 +24,7 @@ from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
 from tests.faulty_proxy import Fault, Proxy, first, proxied, status
 from tests.served import serving
-from tests.stores import VOCABULARY, contents, manifest, shard_folder, small_store
+from tests.stores import VOCABULARY, contents, manifest, records, shard_folder, small_store
 
 MOST = 10**9
 
@@ -62,6 +63,24 @@ def read_all(store: ZarrStore) -> None:
 
 def nothing_half(overlay: Path) -> bool:
     return not [path for path in overlay.rglob(".*") if "removed" not in path.name]
+
+
+def test_an_index_that_is_replaced_while_it_is_fetched_is_fetched_again(
+    store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, replaced = Mirror._fetch, list[str]()
+
+    def replacing(mirror: Mirror, remote: HttpFiles, where: str, *more: Any) -> None:
+        if where == INDEX and not replaced:
+            replaced.append(where)
+            store.write_documents(records([40, 50], seed=77))
+            store.save_index()
+        fetch(mirror, remote, where, *more)
+
+    monkeypatch.setattr(Mirror, "_fetch", replacing)
+    with mirrored(served[1], tmp_path / "o") as (_, near):
+        assert replaced and len(near) == len(store) == 11
+        read_all(near)
 
 
 def test_what_was_fetched_is_a_store_like_any_other(

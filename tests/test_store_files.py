@@ -278,5 +278,5 @@ def test_whoever_may_not_read_a_store_gets_none_of_its_files(path: Path, tmp_pat
         assert httpx2.get(f"{url}/s/zarr.json").status_code == 401
         for name in ("s", "no-such-store"):
             answer = httpx2.get(f"{url}/{name}/zarr.json", headers={"Authorization": f"Bearer {token}"})
-            said.add((answer.status_code, answer.json()["error"].replace(f"of {name};", "")))
+            said.add((answer.status_code, answer.json()["error"].replace(f"read {name};", "")))
     assert len(said) == 1 and said.pop()[0] == 403

@@ -79,8 +79,8 @@ def faults_of(shelf: Shelf, desk: Desk | None) -> list[str]:
 def store_facts(
     name: str, grant: Grant, shelf: Shelf, desk: Desk | None, access: Access, meters: Meters
 ) -> dict[str, Any]:
-    """What a store holds and what made it, whether it is taught for this token, and how it was asked; of a damaged one,
-    its error."""
+    """What a store holds and what made it, who teaches it and whether this token may ask for that, how it was asked; of
+    a damaged one, its error."""
     hits, misses, history = meters.of(name)
     asked = {"name": name, "hits": hits, "misses": misses, "history": history}
     try:
@@ -88,8 +88,7 @@ def store_facts(
         found = served.facts()
     except StoreError as error:
         return asked | {"error": " ".join(str(error).split())}
-    may_teach = grant.allows("teach", name) and not access.read_only
-    teaches = desk is not None and may_teach and desk.teaches(served)
+    teaches = desk is not None and not access.read_only and desk.teaches(served)
     documents, tokens = desk.waiting if desk is not None else (0, 0)
     recipe = found["recipe"]
     return asked | {
@@ -99,6 +98,7 @@ def store_facts(
         "temperatures": recipe["temperatures"],
         "info": found,
         "teaches": teaches,
+        "may_teach": grant.allows("teach", name),
         "writable": served.writable and not access.read_only,
         "teacher_state": "none" if desk is None else desk.state,
         "queue": {"documents": documents, "tokens": tokens, "most_tokens": desk.most_tokens if desk else 0},
