@@ -23,7 +23,7 @@ import distill_kernels  # noqa: F401  loads the BLAS before MLX
 
 import numpy as np
 
-from logitstore import plan
+from logitstore import plan, service_client
 from logitstore.key import document_key
 from logitstore.places import push
 from logitstore.recipe import DocumentRecord
@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     config = parser.parse_args()
     rng, begun = random.Random(config.seed), time.monotonic()
-    with tempfile.TemporaryDirectory(dir=scratch()) as name:
+    # A store that is opened while the service is down waits for it here, as a run does on its way, and not 10 s.
+    patient = patch.object(service_client, "PATIENCE_S", PATIENCE_S)
+    with patient, tempfile.TemporaryDirectory(dir=scratch()) as name:
         folder = Path(name)
         world, whole, first = stores(folder, rng)
         served = folder / "served" / f"{NAME}.zarr"
