@@ -19,8 +19,8 @@ from logitstore.transfer import JOBS, MoveReport, move
 
 UPLOAD_S = 300.0
 """In which an object store must have taken a request's bytes."""
-PATIENCE_S = 30.0
-"""So long a service, or a web server, is asked again."""
+PATIENCE_S = 120.0
+"""So long a service, or a web server, that has answered once is asked again: it may be started anew."""
 HTTP = ("http", "https")
 _URL = re.compile(r"([a-z0-9]+)://(.*)", re.DOTALL)
 
@@ -49,9 +49,10 @@ def source_of(place: str) -> Iterator[Source]:
         yield hub_source(place)
         return
     if scheme in HTTP:
-        client = ServiceClient(place, patience_s=PATIENCE_S)
+        client = ServiceClient(place)
         try:
             service = client.facts() is not None
+            client.patience_s = PATIENCE_S
             digests = {}
             if service:
                 with suppress(NotThereError):  # an older one: then its shards are listed
@@ -86,8 +87,10 @@ def destination_of(place: str, *, quiet: bool = False) -> Iterator[Destination]:
             yield dataset
         return
     if scheme in HTTP:
-        client = ServiceClient(place, patience_s=PATIENCE_S)
+        client = ServiceClient(place)
         try:
+            client.facts()
+            client.patience_s = PATIENCE_S
             yield ServiceDestination(client)
         finally:
             client.close()
