@@ -89,7 +89,8 @@ def destination_of(place: str, *, quiet: bool = False) -> Iterator[Destination]:
     if scheme in HTTP:
         client = ServiceClient(place)
         try:
-            client.facts()
+            with suppress(NotThereError):  # it begins with what is pushed
+                client.facts()
             client.patience_s = PATIENCE_S
             yield ServiceDestination(client)
         finally:
