@@ -8,10 +8,9 @@ import shutil
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
@@ -31,7 +30,15 @@ from logitstore.errors import (
 from logitstore.files import Files, LocalFiles
 from logitstore.http_files import HttpFiles
 from logitstore.overlay import INDEX, PARTIAL, SHARDS, STORE, remove, trim, used
-from logitstore.sealed import GROUP, FileEntries, are_file_entries, file_problems, read_group, unseal_group
+from logitstore.sealed import (
+    GROUP,
+    FileEntries,
+    are_file_entries,
+    file_problems,
+    pieces_digest,
+    read_group,
+    unseal_group,
+)
 
 T = TypeVar("T")
 AT_ONCE = 8
@@ -162,6 +169,7 @@ class Mirror:
             raise CorruptStoreError(
                 f"{final}/{problem.file}: {problem.fault}; delete {self.folder}, and it is fetched again"
             )
+        self._fingerprint = root.manifest.fingerprint
 
     def _asking(self, name: str, question: Callable[[Files], T]) -> T:
         files = self._place(name)
@@ -247,7 +255,7 @@ class Mirror:
                     return
                 try:
                     entry = read_entry(remote, where)
-                    if entry.fingerprint != root_of(self._local.read(GROUP), GROUP, self.folder).manifest.fingerprint:
+                    if entry.fingerprint != self._fingerprint:
                         raise IncompatibleStoreError(
                             f"{remote.client.url} is another store by now than it was; type the command again"
                         )
@@ -324,9 +332,11 @@ def together(each: Callable[[str], object], names: Iterable[str]) -> None:
 
 def _write(path: Path, pieces: Iterable[bytes]) -> str:
     """Write a file, and give its `sealed.file_digest`."""
-    digest = blake2b(digest_size=16)
     with path.open("wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-    return digest.hexdigest()
+
+        def written() -> Iterator[bytes]:
+            for piece in pieces:
+                file.write(piece)
+                yield piece
+
+        return pieces_digest(written())

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
@@ -79,7 +80,9 @@ def fetched(overlay: Path) -> Iterator[Fetched]:
         shards = (path for path in (folder / STORE / SHARDS).glob("*/") if not path.name.startswith("."))
         for path in [*shards, folder / INDEX, folder / TAUGHT]:
             with suppress(FileNotFoundError):  # another process has removed it
-                yield Fetched(path, _size(path), path.stat().st_mtime, url)
+                found = path.stat()
+                size = _shard_size(path, found.st_ino) if path.parent.name == SHARDS else _size(path)
+                yield Fetched(path, size, found.st_mtime, url)
 
 
 def used(path: Path) -> None:
@@ -182,6 +185,13 @@ def _delete(path: Path) -> None:
 def _changed(path: Path) -> float:
     """When the newest of it was written."""
     return max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
+
+
+@lru_cache(maxsize=1 << 16)
+def _shard_size(path: Path, inode: int) -> int:
+    """`_size` of a shard, which is written once; each fetch looks at all of them."""
+    del inode
+    return _size(path)
 
 
 def _size(path: Path) -> int:
