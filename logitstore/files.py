@@ -109,7 +109,8 @@ class LocalFiles:
             there = set(os.listdir(place))  # noqa: PTH208  thousands of names, of which all but a few are known
         except FileNotFoundError:
             return set()
-        return there - {n for n in there - known if n.startswith(".") or not (place / n).is_dir()}
+        there -= {name for name in there - known if name.startswith(".") or not (place / name).is_dir()}
+        return there
 
     def close(self) -> None:
         """Close what is open; a later read opens it again."""
