@@ -21,6 +21,7 @@ and beside them, once however many sets of entries there are:
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ PROBS = np.append(np.exp(-np.arange(ZERO) / STEPS_PER_NAT), 0.0)
 LARGEST_WEIGHT = np.exp(4.0)
 """`random:N:t` with t other than 1: a weight is this times what its code stands for."""
 _PROBS32 = PROBS.astype(np.float32)
+_OTHER_PROBS32 = np.where(np.arange(256) == LARGEST, 0, PROBS).astype(np.float32)
+"""The same where the largest cell counts nothing."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -120,7 +123,7 @@ def quantize(selected: Selected, rounding: npt.NDArray[np.float64], form: Form) 
         rounding: [N, k + 1] in [0, 1), from `selection.randomness`; the same numbers give the same codes.
     """
     k = form.selection.k
-    in_head = np.arange(k) < selected.head_count[:, None]
+    in_head = head_mask(selected.head_count, k)
     head = np.where(in_head, selected.values, 0)
     tail = np.full(len(head), ZERO)
     if form.counts:
@@ -138,11 +141,24 @@ def quantize(selected: Selected, rounding: npt.NDArray[np.float64], form: Form) 
     return Codes(ids, codes, head_count, tail.astype(np.uint8))
 
 
+def head_mask(head_count: npt.NDArray[np.integer], k: int) -> npt.NDArray[np.bool_]:
+    """Which of k entries are the head: bool [N, k]."""
+    if k < 256:  # copying a row takes a tenth of comparing it
+        return _head_masks(k).take(head_count, axis=0)
+    return np.arange(k, dtype=np.uint32) < head_count[:, None]
+
+
+@lru_cache
+def _head_masks(k: int) -> npt.NDArray[np.bool_]:
+    """`head_mask` of 0 .. k: [k + 1, k]."""
+    return np.tri(k + 1, k, -1, dtype=np.bool_)
+
+
 def by_id(
     ids: npt.NDArray[np.uint32], codes: Bytes, head_count: npt.NDArray[np.uint32]
 ) -> tuple[npt.NDArray[np.uint32], Bytes]:
     """Put head and tail of each row [N, k] in rising order of their ids, codes along with them."""
-    in_tail = np.arange(ids.shape[1], dtype=np.uint32) >= head_count[:, None]
+    in_tail = ~head_mask(head_count, ids.shape[1])
     if ids.max(initial=0) < 1 << 23:  # a row of 32-bit keys is sorted in half the time
         keys = ids << np.uint32(8)
         keys |= codes
@@ -191,8 +207,8 @@ def running_ids(steps: npt.NDArray[np.uint32], head_count: npt.NDArray[np.uint32
     sums = np.cumsum(steps, axis=1, dtype=np.uint32)
     k = steps.shape[1]
     last = np.take_along_axis(sums, (head_count.astype(np.int64)[:, None] - 1) % k, axis=1)
-    in_tail = np.arange(k, dtype=np.uint32) >= head_count[:, None]
-    sums -= np.where(in_tail & (head_count[:, None] > 0), last, np.uint32(0))
+    in_head = head_mask(head_count, k)
+    sums -= np.where(~in_head & (head_count[:, None] > 0), last, np.uint32(0))
     return sums
 
 
@@ -212,14 +228,12 @@ def require_ids(ids: npt.NDArray[np.uint32], vocab_size: int) -> None:
 def weights(codes: Codes, form: Form) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Weights [N, k] and the tail's mass [N] that codes stand for."""
     k = form.selection.k
-    in_head = np.arange(k, dtype=np.uint32) < codes.head_count[:, None]
+    in_head = head_mask(codes.head_count, k)
     if not form.sums_to_one:
         values = codes.codes / np.float32(k) if form.counts else _PROBS32[codes.codes] * np.float32(LARGEST_WEIGHT)
         return np.where(in_head, values, np.float32(0)), np.zeros(len(in_head), np.float32)
-    is_largest = in_head & (codes.codes == LARGEST)
-    values = _PROBS32.take(codes.codes)
-    np.copyto(values, np.float32(0), where=~in_head | is_largest)
-    tail = np.where(codes.tail != LARGEST, _PROBS32[codes.tail], np.float32(0))
+    values = _OTHER_PROBS32.take(np.where(in_head, codes.codes, np.uint8(LARGEST)))
+    tail = _OTHER_PROBS32.take(codes.tail)
     rest = 1 - (np.einsum("nk->n", values) + tail)
     # Hundreds of equal cells may leave the largest too little; it is then as large as the next, and all are scaled.
     if len(low := np.flatnonzero(rest < 0.26)):  # half of what a cell other than the largest may be
@@ -233,8 +247,9 @@ def weights(codes: Codes, form: Form) -> tuple[npt.NDArray[np.float32], npt.NDAr
     tail = np.where(codes.tail == LARGEST, rest, tail)
     if form.sampled_tail:
         tau = tail / np.maximum(k - codes.head_count, 1).astype(np.float32)
-        np.copyto(values, tau[:, None], where=~in_head)
-    np.copyto(values, rest[:, None], where=is_largest)
+        np.copyto(values, np.repeat(tau, k).reshape(values.shape), where=~in_head)
+    largest = np.flatnonzero(in_head & (codes.codes == LARGEST))
+    np.put(values, largest, rest[largest // k])
     return values, tail
 
 
@@ -250,8 +265,7 @@ def targets(codes: Codes, position: Bytes, form: Form) -> SparseTargets:
         log_tail_mass = np.log(tail_mass)
         if form.tail_log_probs:
             own = np.where(codes.codes == ZERO, np.float32(-np.inf), codes.codes / np.float32(-STEPS_PER_NAT))
-            in_head = np.arange(form.selection.k, dtype=np.uint32) < codes.head_count[:, None]
-            log_probs = np.where(in_head, np.log(values), own)
+            log_probs = np.where(head_mask(codes.head_count, form.selection.k), np.log(values), own)
     steps = from_planes(position[:, 2:], position.shape[1] // 2 - 1)
     return SparseTargets(
         positions=np.arange(len(tail_mass), dtype=np.int32),

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from logitstore import hidden_states, position_streams, streams
 from logitstore.chunks import CRC, checked, pack, unchecked, unpack
-from logitstore.codec import Codes, from_record, to_record
+from logitstore.codec import Codes, from_record, head_mask, to_record
 from logitstore.key import document_key
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.streams import Chunk, Part, Ranks
@@ -255,6 +255,6 @@ def used_ids(document: DocumentRecord, recipe: Recipe) -> npt.NDArray[np.int64]:
     counts = np.zeros(recipe.vocab_size, np.int64)
     for number in range(recipe.sets):
         codes = from_record(document.records[:, recipe.columns(number)], recipe.form)
-        kept = recipe.form.sampled_tail | (np.arange(recipe.form.selection.k) < codes.head_count[:, None])
+        kept = recipe.form.sampled_tail | head_mask(codes.head_count, recipe.form.selection.k)
         counts += np.bincount(codes.ids[np.broadcast_to(kept, codes.ids.shape)], minlength=recipe.vocab_size)
     return counts

@@ -15,7 +15,7 @@ is where a store keeps its documents' tokens. One after another:
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.codec import LARGEST, Codes, Form, position_width
+from logitstore.codec import LARGEST, Codes, Form, head_mask, position_width
 from logitstore.streams import Cut, Ranks, integers, planes
 from logitstore.varint import Varints, most_bytes
 
@@ -78,7 +78,7 @@ def from_streams(raw: Bytes, codes: Codes, form: Form, log_z: int, ranks: Ranks)
 
 def _by_weight(codes: Codes, form: Form) -> npt.NDArray[np.int64]:
     """The entries of each row by falling weight, of equals the first first: places [N, k]."""
-    in_head = np.arange(form.selection.k) < codes.head_count[:, None]
+    in_head = head_mask(codes.head_count, form.selection.k)
     falling = 255 - codes.codes if form.counts else codes.codes
     return np.argsort(np.where(in_head, falling.astype(np.int64), 256), axis=1, kind="stable")
 

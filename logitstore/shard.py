@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from logitstore import hidden_states, position_streams, streams
 from logitstore.chunks import ShardedFile, unpack
-from logitstore.codec import Codes, from_record, to_record
+from logitstore.codec import Codes, from_record, head_mask, to_record
 from logitstore.entries import damaged, read_entry
 from logitstore.files import CannotList, Files
 from logitstore.index import block_counts, block_hashes
@@ -42,7 +42,7 @@ def write_shard(folder: Path, documents: Sequence[DocumentRecord], recipe: Recip
 
     counts = np.zeros(recipe.vocab_size, np.int64)
     for codes in sets:
-        kept = form.sampled_tail | (np.arange(form.selection.k) < codes.head_count[:, None])
+        kept = form.sampled_tail | head_mask(codes.head_count, form.selection.k)
         counts += np.bincount(codes.ids[np.broadcast_to(kept, codes.ids.shape)], minlength=recipe.vocab_size)
     ranks = Ranks.fit(counts)
     rank_of = ranks.table()

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore import varint
-from logitstore.codec import LARGEST, STEPS_PER_NAT, ZERO, Codes, Form, by_id, require_heads, require_ids
+from logitstore.codec import LARGEST, STEPS_PER_NAT, ZERO, Codes, Form, by_id, head_mask, require_heads, require_ids
 from logitstore.varint import Varints
 
 RANKED = 8192
@@ -109,7 +109,7 @@ def to_streams(codes: Codes, form: Form, rank_of: npt.NDArray[np.uint32]) -> lis
         rank_of: `Ranks.table`.
     """
     k = form.selection.k
-    in_head = np.arange(k, dtype=np.uint32) < codes.head_count[:, None]
+    in_head = head_mask(codes.head_count, k)
     in_tail = ~in_head & form.sampled_tail
     ranks, own = by_id(rank_of[codes.ids], codes.codes, codes.head_count)
     starts = (np.arange(k) == 0) | (np.arange(k, dtype=np.uint32) == codes.head_count[:, None])
@@ -216,14 +216,15 @@ def from_shards(shards: Sequence[tuple[Sequence[Part], Ranks]], form: Form) -> C
     parts = [part for some, _ in shards for part in some]
     k = form.selection.k
     head_count = np.concatenate([part.head_count for part in parts])
-    n, slots = len(head_count), np.arange(k, dtype=np.uint32)
-    in_head = slots < head_count[:, None]
+    n, in_head = len(head_count), head_mask(head_count, k)
     tail, coded = np.full(n, ZERO, np.uint8), in_head
     if form.sums_to_one:
         largest = _joined([part.largest for part in parts])
         tail[:] = LARGEST
         tail[largest > 0] = _joined([part.tail for part in parts])
-        coded = in_head & (slots + np.uint32(1) != largest[:, None])
+        coded = in_head.copy()
+        in_row = np.flatnonzero(largest)
+        coded[in_row, largest[in_row] - 1] = False
     anchor = _tail_entry_code(tail, head_count, k) if form.sampled_tail else _joined([part.anchor for part in parts])
     codes = np.zeros((n, k), np.uint8)
     codes[coded] = np.concatenate([part.values for part in parts])

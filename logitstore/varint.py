@@ -77,13 +77,12 @@ class Varints:
 
     def values(self) -> npt.NDArray[np.uint32]:
         """Decode: uint32 [n]."""
-        values = np.zeros(len(self.first), np.uint32)
-        values[self.first >= MIDDLE] = self.second
-        values += _BASE.take(self.first)
+        values = _BASE.take(self.first)
+        values[np.flatnonzero(self.first >= MIDDLE)] += self.second
         if len(self.third):
-            values[self.first >= HIGH] += self.third.astype(np.uint32) << np.uint32(8)
+            values[np.flatnonzero(self.first >= HIGH)] += self.third.astype(np.uint32) << np.uint32(8)
         if len(self.upper):
-            values[self.first == ESCAPE] += self.upper.view("<u2").astype(np.uint32) << np.uint32(16)
+            values[np.flatnonzero(self.first == ESCAPE)] += self.upper.view("<u2").astype(np.uint32) << np.uint32(16)
         return values
 
 
