@@ -73,6 +73,14 @@ def test_from_the_list_of_stores_to_the_candidates_of_a_token_and_a_comparison(w
     assert "Position 297" in page.locator(".panel h2").inner_text()
 
 
+def test_the_address_that_runs_are_given_shows_the_store(watched: Watched, base: str) -> None:
+    page = watched.open("first")
+    page.get_by_role("heading", name="first", exact=True).wait_for()
+    assert page.url == f"{base}/#/first"
+    assert httpx2.get(f"{base}/first").status_code == 404
+    assert httpx2.get(f"{base}/%2e%2e%22x", headers={"Accept": "text/html"}).headers["location"] == "/#/..%22x"
+
+
 def test_arrow_keys_go_along_and_across_lines_and_are_told_to_a_screen_reader(watched: Watched) -> None:
     page = watched.open("#/first/2?t=100")
     at = lambda: int(page.locator(".panel h2").inner_text().split()[1])  # noqa: E731

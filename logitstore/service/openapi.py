@@ -137,6 +137,16 @@ def openapi() -> dict[str, Any]:
             "put": _operation("Bytes of a file, from an offset on.", some_json, 400, 404, 408, 409, 413, 422, 507)
             | {"requestBody": {"required": True, "content": {"application/octet-stream": {}}}},
         },
+        "/{name}": {
+            "parameters": [store],
+            "get": {
+                "summary": "The store on the web page, for a browser.",
+                "responses": {
+                    "303": {"description": "There it is."},
+                    "404": {"description": "Accept does not ask for HTML.", "content": _json(ERROR)},
+                },
+            },
+        },
         "/{name}/{path}": {
             "parameters": [store, _parameter("path", "path", TEXT, "A file of the store, as FORMAT.md has it.")],
             "get": _file("A file, or with Range a part of it. The ETag is its digest."),

@@ -6,9 +6,10 @@ and run no script but theirs, so that no text of a document, teacher or tokenize
 
 from hashlib import blake2b
 from pathlib import Path
+from urllib.parse import quote
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 FOLDER = Path(__file__).with_name("page")
@@ -29,7 +30,7 @@ HEADERS = {
 
 
 def routes() -> list[Route]:
-    """The page at /, and what it is made of below /page/."""
+    """The page at /, what it is made of below /page/, and a store's address, which a browser takes to its view."""
     files = {path.name: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in MEDIA_TYPES}
 
     def answer(request: Request, name: str) -> Response:
@@ -47,4 +48,11 @@ def routes() -> list[Route]:
     async def file(request: Request) -> Response:
         return answer(request, request.path_params["file"])
 
-    return [Route("/", index), Route("/page/{file}", file)]
+    async def store(request: Request) -> Response:
+        name = request.path_params["name"]
+        if "text/html" in request.headers.get("Accept", ""):
+            return RedirectResponse(f"/#/{quote(name, safe='')}", 303)
+        hint = "a browser shows it here, its files are below, as in /NAME/zarr.json, and GET /v1/stores lists all"
+        return JSONResponse({"error": f"/{name[:40]} is where a store would be: {hint}"}, 404)
+
+    return [Route("/", index), Route("/page/{file}", file), Route("/{name}", store)]
