@@ -49,10 +49,11 @@ def routes() -> list[Route]:
         return answer(request, request.path_params["file"])
 
     async def store(request: Request) -> Response:
-        name = request.path_params["name"]
         if "text/html" in request.headers.get("Accept", ""):
-            return RedirectResponse(f"/#/{quote(name, safe='')}", 303)
-        hint = "a browser shows it here, its files are below, as in /NAME/zarr.json, and GET /v1/stores lists all"
-        return JSONResponse({"error": f"/{name[:40]} is where a store would be: {hint}"}, 404)
+            return RedirectResponse(f"/#/{quote(request.path_params['name'], safe='')}", 303)
+        line = (
+            "a store's files lie below its name, as in /NAME/zarr.json; a browser shows it here, /v1/stores lists all"
+        )
+        return JSONResponse({"error": line}, 404)
 
     return [Route("/", index), Route("/page/{file}", file), Route("/{name}", store)]
