@@ -16,9 +16,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch
 from distill_trainer.losses import Loss
-from distill_trainer.train import batch_loss
 from logitstore.model import LoadedModel
 from tests import llama_oracle, oracle
 

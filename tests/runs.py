@@ -13,11 +13,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch
 from distill_trainer.config import TrainConfig
 from distill_trainer.gradients import mean_gradient
 from distill_trainer.report import TrainReport
-from distill_trainer.train import batch_loss, train
+from distill_trainer.train import train
 from logitstore.build import BuildConfig, build
 from logitstore.documents import read_documents
 from logitstore.sequences import TokenSequence, tokenize

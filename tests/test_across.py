@@ -19,13 +19,14 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from distill_trainer.across import Naming, gold_asked, mapped_asked, span_asked, uld_asked
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Weighing, collate
 from distill_trainer.cross_vocab import crossing_of
 from distill_trainer.loss_values import loss_values
 from distill_trainer.spans import SpanLoss
 from distill_trainer.teachers import in_order
 from distill_trainer.texts import Readings, Texts
-from distill_trainer.train import batch_loss, train
+from distill_trainer.train import train
 from logitstore.alignment import Alignment, Spelled, by_text, by_turns, spell, turns
 from logitstore.documents import Document, read_documents
 from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError, LogitstoreError

@@ -15,9 +15,9 @@ from mlx_lm.models import gemma2, gpt_oss, qwen3
 
 from distill_trainer.attention import AttentionLoss, distance
 from distill_trainer.attention_maps import attention_maps, mean_map, require_maps
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.method import with_methods, with_teacher
-from distill_trainer.train import batch_loss
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import load_model
 from logitstore.sequences import TokenSequence

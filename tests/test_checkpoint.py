@@ -15,8 +15,9 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.targets import TargetSource
-from distill_trainer.train import batch_loss, train
+from distill_trainer.train import train
 from logitstore.errors import ConfigError, CorruptStoreError, ModelError
 from tests.runs import World, make_world, write_jsonl
 from tests.tiny import save_tiny_model
@@ -199,7 +200,7 @@ def test_the_state_of_a_loss_that_moves_is_restored_to_the_last_bit(
             return batch_loss(*args)
 
         with monkeypatch.context() as patched:
-            patched.setattr("distill_trainer.train.batch_loss", interrupted)
+            patched.setattr("distill_trainer.steps.batch_loss", interrupted)
             assert world.train(tmp_path / "cut", **options, resume=resume)[0].interrupted
     _, cut = world.train(tmp_path / "cut", **options, resume=True)
     moving = [[(step["taid_t"], step["temperature"], step["kd_loss"]) for step in run] for run in (whole, cut)]
@@ -231,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_the_documents_and_keeps_th
         total, *means = batch_loss(*args)
         return (total * (mx.nan if len(steps) == 6 else 1), *means)
 
-    monkeypatch.setattr("distill_trainer.train.batch_loss", spoiled)
+    monkeypatch.setattr("distill_trainer.steps.batch_loss", spoiled)
     options = {"store": (str(world.store),), "iters": 9, "save_every": 2, "batch_size": 1}
     with pytest.raises(ModelError, match=r"the loss of step 6 is nan on data\.jsonl:\d, expected a number"):
         world.train(tmp_path / "o", **options)

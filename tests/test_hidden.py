@@ -13,11 +13,11 @@ import numpy.typing as npt
 import pytest
 from mlx.utils import tree_flatten
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.gradients import mean_gradient
 from distill_trainer.hidden import HiddenLoss, Projectors, distance, live_states, width_of
 from distill_trainer.method import learner, with_methods, with_teacher
-from distill_trainer.train import batch_loss
 from logitstore.errors import ConfigError, IncompatibleStoreError, ModelError
 from logitstore.model import load_model
 from logitstore.sequences import TokenSequence

@@ -12,10 +12,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, gpt2, llama, mamba, qwen3
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.gradients import checkpoint_layers
 from distill_trainer.packing import Apart, padding, require_apart, rows_of
-from distill_trainer.train import batch_loss, train
+from distill_trainer.train import train
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import load_model
 from logitstore.store import open_store

@@ -17,8 +17,8 @@ from distill_trainer.config import TrainConfig
 from distill_trainer.objective import Objective
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.report import TrainReport
+from distill_trainer.steps import Parts, run_steps
 from distill_trainer.student import keep_layers, load_student, make_trainable, save_student, trainable
-from distill_trainer.train import Parts, run_steps
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import LoadedModel, load_model
 from tests.runs import World, make_world

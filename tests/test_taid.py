@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Weighing, collate
 from distill_trainer.taid import Taid, interpolated, started
-from distill_trainer.train import batch_loss
 from logitstore.errors import IncompatibleStoreError
 from logitstore.model import load_model
 from logitstore.store import open_store

@@ -11,12 +11,12 @@ import distill_kernels
 import numpy as np
 import pytest
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Weighing, collate
 from distill_trainer.config import TrainConfig
 from distill_trainer.losses import loss_of
 from distill_trainer.schedule import Schedule
 from distill_trainer.temperatures import ladder_of, spaced
-from distill_trainer.train import batch_loss
 from logitstore.errors import ConfigError
 from logitstore.model import load_model
 from logitstore.recipe import Recipe

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.evaluate import evaluate
 from distill_trainer.losses import loss_of
 from distill_trainer.targets import Count
-from distill_trainer.train import batch_loss, train
+from distill_trainer.train import train
 from logitstore.documents import read_documents
 from logitstore.errors import ModelError
 from logitstore.model import LoadedModel, load_model
@@ -228,7 +229,7 @@ def test_ctrl_c_in_the_middle_of_a_step_saves_a_sound_student(
 
     options = {"store": (str(world.store),), "fine_tune_type": "full"}
     world.train(tmp_path / "two", iters=2, **options)
-    monkeypatch.setattr("distill_trainer.train.batch_loss", interrupted)
+    monkeypatch.setattr("distill_trainer.steps.batch_loss", interrupted)
     report, _ = world.train(tmp_path / "cut", iters=9, **options)
     assert (report.interrupted, report.steps) == (True, 2)
     two, cut = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("two", "cut"))
@@ -241,7 +242,7 @@ def test_a_run_that_fails_before_its_first_step_takes_its_own_files_away_and_no_
     def failing(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("distill_trainer.train.batch_loss", failing)
+    monkeypatch.setattr("distill_trainer.steps.batch_loss", failing)
     with pytest.raises(KeyboardInterrupt):
         world.train(tmp_path / "a", store=(str(world.store),), keep_layers=2)
     assert not (tmp_path / "a").exists()

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.target_source import open_stores
-from distill_trainer.train import batch_loss
 from distill_trainer.weights import thought_spans, weighted
 from logitstore.documents import read_documents
 from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError, LogitstoreError
