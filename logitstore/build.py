@@ -49,7 +49,7 @@ class BuildConfig:
     """The words around each row's prompt, with {input} where that stands."""
     hidden_layers: tuple[int, ...] = ()
     """Layers, numbered from 0, whose hidden states are kept too."""
-    max_length: int = 2048
+    max_seq_length: int = 2048
     batch_tokens: int = 2048
     limit: int | None = None
     seed: int = 0
@@ -68,10 +68,10 @@ class BuildConfig:
         read_template(self.prompt_template, "--prompt-template")
         if self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens is {self.batch_tokens}, expected at least 1; type --batch-tokens 2048")
-        if self.max_length < 2:
+        if self.max_seq_length < 2:
             raise ConfigError(
-                f"max_length is {self.max_length}, expected at least 2: one token to read and one to predict; "
-                "type --max-length 2048"
+                f"max_seq_length is {self.max_seq_length}, expected at least 2: one token to read and one to predict; "
+                "type --max-seq-length 2048"
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
@@ -143,7 +143,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
     recipe = config.recipe_of(teacher)
     survey = survey_of(config, rows, teacher)
-    say(survey.report.describe("--max-length", len(survey.keys)))
+    say(survey.report.describe(len(survey.keys)))
 
     if recipe.hidden_layers:
         say(recipe.hidden_cost)
@@ -162,7 +162,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
         positions = sum(keys[key] for key in missing)
         with tqdm(total=positions, unit="tok", desc="teacher", disable=config.quiet or not missing) as bar:
             if todo.size:
-                sequences = tokenize(documents_of(config), teacher.tokenizer, config.max_length)
+                sequences = tokenize(documents_of(config), teacher.tokenizer, config.max_seq_length)
                 most = shard_positions(recipe)
                 wanted = windows(sequences, lambda key: part.holds(key) and key not in store, most)
                 fill(wanted, teacher, recipe, writer, config.batch_tokens, bar.update)
@@ -202,7 +202,7 @@ def survey_of(config: BuildConfig, rows: Iterable[Document], teacher: Teacher) -
         DatasetError, ModelError, ConfigError: as `take_survey`.
     """
     name = teacher.loaded.name
-    return take_survey(rows, teacher.tokenizer, config.max_length, teacher.vocab_size, name, quiet=config.quiet)
+    return take_survey(rows, teacher.tokenizer, config.max_seq_length, teacher.vocab_size, name, quiet=config.quiet)
 
 
 def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> Store:

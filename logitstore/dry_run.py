@@ -42,7 +42,7 @@ def estimate(config: BuildConfig) -> Estimate:
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
     recipe = config.recipe_of(teacher)
     survey = survey_of(config, rows, teacher)
-    summary = survey.report.describe("--max-length", len(survey.keys))
+    summary = survey.report.describe(len(survey.keys))
     manifest = manifest_of(config, teacher)
     if there is not None:
         there.manifest.require_compatible(manifest, config.out)
@@ -88,7 +88,7 @@ def estimate(config: BuildConfig) -> Estimate:
 def _some_documents(config: BuildConfig, teacher: Teacher, keys: set[bytes]) -> dict[bytes, TokenSequence]:
     """The documents with these keys, tokenised once more."""
     found: dict[bytes, TokenSequence] = {}
-    for sequence in tokenize(documents_of(config), teacher.tokenizer, config.max_length):
+    for sequence in tokenize(documents_of(config), teacher.tokenizer, config.max_seq_length):
         key = document_key(sequence.token_ids)
         if key in keys:
             found[key] = sequence

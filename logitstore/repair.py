@@ -98,7 +98,7 @@ def repair(
     *,
     dataset: str | None = None,
     split: str = "train",
-    max_length: int = 2048,
+    max_seq_length: int = 2048,
     batch_tokens: int = 2048,
     quiet: bool = False,
 ) -> RepairReport:
@@ -138,7 +138,7 @@ def repair(
     if teacher is None or not (lost.keys or lost.unnamed):
         commit_leftovers(store, WRITER)  # what an interrupted repair has left
     else:
-        _recompute(store, lost, teacher, dataset, split, max_length, batch_tokens, report, quiet=quiet)
+        _recompute(store, lost, teacher, dataset, split, max_seq_length, batch_tokens, report, quiet=quiet)
     store.save_index()
     report.misses = [key.hex() for key in lost.keys if key not in store]
     report.unnamed = lost.unnamed
@@ -308,7 +308,7 @@ def _recompute(
     teacher: RepairTeacher,
     dataset: str | None,
     split: str,
-    max_length: int,
+    max_seq_length: int,
     batch_tokens: int,
     report: RepairReport,
     *,
@@ -318,7 +318,7 @@ def _recompute(
     given: Iterator[TokenSequence] = iter(())
     if dataset is not None:
         rows = prompted(read_documents(dataset, split=split), store.manifest.prompt_template)
-        given = tokenize(rows, teacher.tokenizer, max_length)
+        given = tokenize(rows, teacher.tokenizer, max_seq_length)
 
     def checked() -> Iterator[TokenSequence]:
         for sequence in chain(lost.sequences(), given):

@@ -65,11 +65,10 @@ class TokenizeReport:
     truncated_tokens: int = 0
     skipped_documents: int = 0
 
-    def describe(self, flag: str, different: int | None = None) -> str:
+    def describe(self, different: int | None = None) -> str:
         """One line for the user.
 
         Args:
-            flag: the option that documents are cut at, as in "--max-length".
             different: how many of the sequences are different, where that matters.
         """
         parts = [f"{self.documents:,} documents, {self.tokens:,} tokens, {self.trained_positions:,} trained positions"]
@@ -77,7 +76,9 @@ class TokenizeReport:
         if different is not None and sequences > different:
             parts.append(f"{sequences - different:,} equal to an earlier one")
         if self.truncated_documents:
-            parts.append(f"{self.truncated_documents:,} cut at {flag} ({self.truncated_tokens:,} tokens dropped)")
+            parts.append(
+                f"{self.truncated_documents:,} cut at --max-seq-length ({self.truncated_tokens:,} tokens dropped)"
+            )
         if self.skipped_documents:
             parts.append(f"{self.skipped_documents:,} skipped: nothing to train on")
         return "; ".join(parts)
@@ -86,7 +87,7 @@ class TokenizeReport:
 def read_sequences(
     rows: Iterable[Document],
     tokenizer: Any,
-    max_length: int,
+    max_seq_length: int,
     report: TokenizeReport,
     *,
     quiet: bool = False,
@@ -100,7 +101,7 @@ def read_sequences(
         ConfigError, ModelError: as `tokenize`.
     """
     bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=quiet)
-    sequences = list(tokenize(bar, tokenizer, max_length, report, columns, mask_prompt))
+    sequences = list(tokenize(bar, tokenizer, max_seq_length, report, columns, mask_prompt))
     if not sequences:
         raise DatasetError(
             f"the dataset has {report.documents:,} documents, but none with two tokens and a trained position; "
@@ -112,12 +113,12 @@ def read_sequences(
 def tokenize(
     documents: Iterable[Document],
     tokenizer: Any,
-    max_length: int,
+    max_seq_length: int,
     report: TokenizeReport | None = None,
     columns: Sequence[str] = (),
     mask_prompt: bool = True,
 ) -> Iterator[TokenSequence]:
-    """One sequence per document, of its first `max_length` tokens; `report` is kept up to date along the way.
+    """One sequence per document, of its first `max_seq_length` tokens; `report` is kept up to date along the way.
 
     text: its tokens and EOS; every position is trained.
     prompt, completion: a user and an assistant message where the tokenizer has a chat template; else the tokens of
@@ -129,21 +130,21 @@ def tokenize(
     have them where `read_documents` was asked for them. Without `mask_prompt` every position is trained.
 
     Raises:
-        ConfigError: `max_length` is less than 2.
+        ConfigError: `max_seq_length` is less than 2.
         DatasetError: messages without a chat template, or with one that does not tell where a turn begins or ends.
         ModelError: a chat is to be tokenised by a tokenizer that gives no character offsets.
     """
-    if max_length < 2:
+    if max_seq_length < 2:
         raise ConfigError(
-            f"max_length is {max_length}, expected at least 2: one token to read and one to predict; "
-            "type --max-length 2048 (distill-train: --max-seq-length 2048)"
+            f"max_seq_length is {max_seq_length}, expected at least 2: one token to read and one to predict; "
+            "type --max-seq-length 2048"
         )
     report = report or TokenizeReport()
     for document in documents:
         report.documents += 1
         ids, learned = _encode(document, tokenizer)
-        token_ids = np.array(ids[:max_length], np.int32)
-        trained = (learned[:max_length] if mask_prompt else np.ones(len(token_ids), np.bool_))[1:]
+        token_ids = np.array(ids[:max_seq_length], np.int32)
+        trained = (learned[:max_seq_length] if mask_prompt else np.ones(len(token_ids), np.bool_))[1:]
         # that is the one shift: position t predicts token t + 1
         if not trained.any():
             report.skipped_documents += 1

@@ -39,7 +39,7 @@ class Survey:
 
 
 def take_survey(
-    rows: Iterable[Document], tokenizer: Any, max_length: int, vocab_size: int, teacher: str, *, quiet: bool = False
+    rows: Iterable[Document], tokenizer: Any, max_seq_length: int, vocab_size: int, teacher: str, *, quiet: bool = False
 ) -> Survey:
     """Tokenise a whole dataset, with a progress bar where that takes over a second.
 
@@ -50,7 +50,7 @@ def take_survey(
     """
     report, keys, positions = TokenizeReport(), bytearray(), array("I")
     bar = tqdm(rows, desc="read", unit="doc", delay=1, leave=False, disable=quiet)
-    for sequence in tokenize(bar, tokenizer, max_length, report):
+    for sequence in tokenize(bar, tokenizer, max_seq_length, report):
         require_ids_below(vocab_size, [sequence], f"teacher {teacher}")
         keys += document_key(sequence.token_ids)
         positions.append(len(sequence.trained))

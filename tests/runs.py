@@ -47,8 +47,8 @@ class World:
     def store(self) -> Path:
         return self.folder / "store.zarr"
 
-    def sequences(self, max_length: int = 512) -> list[TokenSequence]:
-        return list(tokenize(read_documents(str(self.data)), tiny_tokenizer(), max_length))
+    def sequences(self, max_seq_length: int = 512) -> list[TokenSequence]:
+        return list(tokenize(read_documents(str(self.data)), tiny_tokenizer(), max_seq_length))
 
     def build(self, out: Path, **options: Any) -> None:
         build(

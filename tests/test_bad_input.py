@@ -172,7 +172,10 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
             TRAIN + " --student {folder}/foreign --hidden-loss mse --layer-map 0:0",
             r"has tokenizer .* student .*foreign has .*, and --hidden-loss needs the teacher's; leave it out",
         ),
-        (TRAIN + " --max-seq-length 9", r"documents are not in the store \(is --max-seq-length 9 .*; type --teacher T"),
+        (
+            TRAIN + " --max-seq-length 9",
+            r"documents are not in the store \(was it built with --max-seq-length 9 too.*; type --teacher T",
+        ),
         # moving stores
         ("logitstore convert {folder}/none.zarr {new}.zip", r"there is no store at .*; type `logitstore build"),
         (
@@ -213,7 +216,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         (BUILD + " --select best:3", r"'best:3' is not known; type --select threshold:16"),
         (BUILD + " --temperature 0", r"temperature 0 is not .*above 0; type --temperature 1"),
         (BUILD + " --temperature nan", r"temperature nan is not .*above 0; type --temperature 1"),
-        (BUILD + " --max-length 1", r"is 1, expected at least 2"),
+        (BUILD + " --max-seq-length 1", r"is 1, expected at least 2"),
         (BUILD + " --batch-tokens 0", r"batch_tokens is 0, expected at least 1; type --batch-tokens"),
         (BUILD + " --limit 0", r"limit is 0, expected at least 1"),
         (BUILD + " --shard 3/2", r"shard '3/2' is not I/N .*; type --shard 1/2"),
@@ -285,9 +288,11 @@ def command(
 
 
 def test_a_document_that_is_too_long_is_cut_counted_and_reported(world: World, tmp_path: Path) -> None:
-    built = run(f"logitstore build --teacher {world.teacher} --dataset {world.data} --out {tmp_path}/s --max-length 9")
+    built = run(
+        f"logitstore build --teacher {world.teacher} --dataset {world.data} --out {tmp_path}/s --max-seq-length 9"
+    )
     assert built.exit_code == 0
-    assert "6 cut at --max-length (127 tokens dropped)" in built.stdout
+    assert "6 cut at --max-seq-length (127 tokens dropped)" in built.stdout
     trained = run(
         f"distill-train --student {world.student} --dataset {world.data} --store {tmp_path}/s --max-seq-length 9 "
         f"--iters 1 --out {tmp_path}/o"

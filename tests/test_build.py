@@ -224,7 +224,7 @@ def test_a_dataset_of_which_nothing_can_be_used_is_refused_before_a_store_is_beg
     "change",
     [{"select": "best"}, {"select": "top-k:0"}, {"temperature": (0.0,)}, {"temperature": (float("inf"),)}]
     + [{"shard": shard} for shard in ("0/2", "3/2", "1", "a/b")]
-    + [{"batch_tokens": 0}, {"max_length": 1}, {"limit": 0}, {"seed": -1}, {"seed": 1 << 64}],
+    + [{"batch_tokens": 0}, {"max_seq_length": 1}, {"limit": 0}, {"seed": -1}, {"seed": 1 << 64}],
 )
 def test_a_flag_that_cannot_be_is_refused_at_once(config: BuildConfig, change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="; type "):

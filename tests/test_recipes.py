@@ -18,7 +18,7 @@ from tests.warm_commands import warm_commands
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "tools" / "recipes"
-SETTINGS = {"DOCUMENTS": 4, "MAX_LENGTH": 32, "STEPS": 1, "TOKENS": 4, "STUDENT_LAYERS": 2, "ASSISTANT_LAYERS": 3}
+SETTINGS = {"DOCUMENTS": 4, "MAX_SEQ_LENGTH": 32, "STEPS": 1, "TOKENS": 4, "STUDENT_LAYERS": 2, "ASSISTANT_LAYERS": 3}
 LEFT: dict[str, tuple[list[str], list[tuple[str, str]], list[str]]] = {
     "assistant": (["untrained", "assistant", "direct", "student"], [], ["teacher.zarr", "assistant.zarr"]),
     "self_distillation": ([], [("TEACHER", "first"), ("TEACHER", "second")], ["first.zarr"]),

@@ -36,8 +36,8 @@ def assistant(content: str) -> dict[str, str]:
     return {"role": "assistant", "content": content}
 
 
-def one(row: dict[str, Any], tokenizer: Any, max_length: int = 512) -> TokenSequence:
-    (sequence,) = tokenize([Document(row, "a.jsonl:1")], tokenizer, max_length)
+def one(row: dict[str, Any], tokenizer: Any, max_seq_length: int = 512) -> TokenSequence:
+    (sequence,) = tokenize([Document(row, "a.jsonl:1")], tokenizer, max_seq_length)
     return sequence
 
 
@@ -222,7 +222,7 @@ def test_documents_with_nothing_to_train_are_skipped_and_counted() -> None:
 
 
 def test_a_max_length_without_a_position_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"max_length is 1, expected at least 2.* type --max-length 2048"):
+    with pytest.raises(ConfigError, match=r"max_seq_length is 1, expected at least 2.* type --max-seq-length 2048"):
         one({"text": "Once."}, tiny_tokenizer(), 1)
 
 
@@ -239,11 +239,11 @@ def test_a_tokenizer_without_offsets_is_refused_for_chats() -> None:
 
 def test_the_line_about_a_dataset_says_what_was_cut_skipped_and_equal() -> None:
     report = TokenizeReport(5, 4_000, 3_990, truncated_documents=1, truncated_tokens=7, skipped_documents=1)
-    assert report.describe("--max-length", different=3) == (
+    assert report.describe(different=3) == (
         "5 documents, 4,000 tokens, 3,990 trained positions; 1 equal to an earlier one; "
-        "1 cut at --max-length (7 tokens dropped); 1 skipped: nothing to train on"
+        "1 cut at --max-seq-length (7 tokens dropped); 1 skipped: nothing to train on"
     )
-    assert "equal" not in report.describe("--max-length")
+    assert "equal" not in report.describe()
 
 
 def test_without_a_masked_prompt_every_token_is_trained() -> None:

@@ -81,7 +81,12 @@ def built(dataset: str, out: Path) -> Measured:
             before.append(_resident_bytes())
 
     config = BuildConfig(
-        teacher=str(teacher_path()), dataset=dataset, out=out, max_length=WINDOW, batch_tokens=BATCH_TOKENS, quiet=True
+        teacher=str(teacher_path()),
+        dataset=dataset,
+        out=out,
+        max_seq_length=WINDOW,
+        batch_tokens=BATCH_TOKENS,
+        quiet=True,
     )
     report = build(config, say)
     return {

@@ -155,7 +155,7 @@ def all_logits(teacher: Teacher, chosen: Sequence[TokenSequence]) -> mx.array:
 
 def _store(world: World, out: Path, select: str) -> Store:
     path = out / world.name / f"{select.replace(':', '-')}.zarr"
-    build(BuildConfig(str(world.teacher), str(world.data), path, select=select, max_length=512))
+    build(BuildConfig(str(world.teacher), str(world.data), path, select=select, max_seq_length=512))
     return open_store(path)
 
 

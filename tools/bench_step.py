@@ -214,7 +214,7 @@ def own_world(arguments: argparse.Namespace) -> None:
         windows = [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)]
         Path(arguments.dataset).write_text("".join(json.dumps({"text": window}) + "\n" for window in windows))
     teacher, length = str(folder / "teacher"), arguments.max_seq_length
-    build(BuildConfig(teacher, arguments.dataset, Path(arguments.store), max_length=length, quiet=True))
+    build(BuildConfig(teacher, arguments.dataset, Path(arguments.store), max_seq_length=length, quiet=True))
 
 
 def found(measured: Measured, memory: dict[str, Measured]) -> tuple[Titled, list[Target]]:

@@ -89,7 +89,7 @@ class World:
             build(
                 BuildConfig(
                     self.teacher, str(out / "all.jsonl"), self.store(select), select=select, tail_log_probs=tails,
-                    max_length=SETTINGS.tokens, quiet=True,
+                    max_seq_length=SETTINGS.tokens, quiet=True,
                 )
             )  # fmt: skip
 

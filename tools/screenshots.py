@@ -53,7 +53,7 @@ def made(folder: Path) -> list[Path]:
     lines = (folder / "train.jsonl").read_text().splitlines()
     texts = folder / "texts.jsonl"
     texts.write_text("\n".join([line for line in lines if len(line) > 600][:DOCUMENTS]) + "\n")
-    build = ["logitstore", "build", "--dataset", texts, "--max-length", TOKENS]
+    build = ["logitstore", "build", "--dataset", texts, "--max-seq-length", TOKENS]
     run(*build, "--teacher", teacher, "--out", stores[0])
     run("distill-train", "--student", teacher, "--keep-layers", 29, "--fine-tune-type", "full", "--dataset", texts,
         "--max-seq-length", TOKENS, "--batch-size", 1, "--learning-rate", 1e-4, "--alpha", 0, "--iters", STEPS,

@@ -48,7 +48,7 @@ def main() -> None:
     documents = list({document_key(row.token_ids): row.token_ids for row in rows}.values())
     store = out / "all.zarr"
     build = ["logitstore", "build", "--teacher", teacher, "--dataset", str(demo / "train.jsonl"), "--out", str(store)]
-    run([*build, "--max-length", str(LENGTH), "--quiet"])
+    run([*build, "--max-seq-length", str(LENGTH), "--quiet"])
     steps = -(-len(documents) // BATCH)
     wanted = losses(train(demo, out / "local", teacher, str(store), steps))
     bad: list[str] = []

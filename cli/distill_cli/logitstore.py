@@ -78,7 +78,7 @@ def main() -> None:
     default=(),
     help="Layers from 0, as in 6,12: keep the teacher's hidden states too.",
 )
-@click.option("--max-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
+@click.option("--max-seq-length", default=2048, show_default=True, help="Documents are cut to this many tokens.")
 @click.option("--batch-tokens", default=2048, show_default=True, help="Padded tokens in one teacher batch.")
 @click.option("--limit", type=int, help="Only the first N documents.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random choices.")
@@ -157,7 +157,7 @@ def info(store: str, as_json: bool) -> None:
 @click.option("--adapter-path", help="A LoRA adapter of the teacher.")
 @click.option("--dataset", help="For --repair: the dataset that the store was built from, where tokens are lost too.")
 @click.option("--split", default="train", show_default=True, help="Which split of it.")
-@click.option("--max-length", default=2048, show_default=True, help="At which its documents were cut.")
+@click.option("--max-seq-length", default=2048, show_default=True, help="At which its documents were cut.")
 @click.option(
     "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Which documents --live chooses."
 )
@@ -171,7 +171,7 @@ def verify(
     adapter_path: str | None,
     dataset: str | None,
     split: str,
-    max_length: int,
+    max_seq_length: int,
     seed: int,
     quiet: bool,
 ) -> None:
@@ -200,7 +200,7 @@ def verify(
         if mend:
             from logitstore.repair import repair
 
-            done = repair(Path(store), asked, dataset=dataset, split=split, max_length=max_length, quiet=quiet)
+            done = repair(Path(store), asked, dataset=dataset, split=split, max_seq_length=max_seq_length, quiet=quiet)
             facts["repair"] = done.to_json()
             if not as_json:
                 click.echo(done.to_text(), nl=False)

@@ -20,7 +20,7 @@ STUDENT=${STUDENT:-$TEACHER}                     # what students are cut from; S
 TRAIN=${TRAIN:-.demo/train.jsonl}                # .jsonl files
 HELD_OUT=${HELD_OUT:-.demo/heldout.jsonl}
 DOCUMENTS=${DOCUMENTS:-32}                       # of TRAIN, its first
-MAX_LENGTH=${MAX_LENGTH:-96}                     # tokens of a document
+MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-96}             # tokens of a document
 STEPS=${STEPS:-16}                               # of a training run
 BATCH_SIZE=${BATCH_SIZE:-2}
 LEARNING_RATE=${LEARNING_RATE:-3e-4}
@@ -30,18 +30,18 @@ run() { echo; echo "\$ $*"; "$@"; }
 
 # build NAME FLAGS...: a store of a teacher's answers on the training data.
 build() {
-    run logitstore build --quiet --dataset "$DATA" --max-length "$MAX_LENGTH" --out "$OUT/$1" "${@:2}"
+    run logitstore build --quiet --dataset "$DATA" --max-seq-length "$MAX_SEQ_LENGTH" --out "$OUT/$1" "${@:2}"
 }
 
 # train NAME FLAGS...: a student; with STEPS=0 before it as it is untrained, with DATA=FILE on other data.
 train() {
-    run distill-train --quiet --dataset "$DATA" --max-seq-length "$MAX_LENGTH" \
+    run distill-train --quiet --dataset "$DATA" --max-seq-length "$MAX_SEQ_LENGTH" \
         --batch-size "$BATCH_SIZE" --learning-rate "$LEARNING_RATE" --iters "$STEPS" --out "$OUT/$1" "${@:2}"
 }
 
 # evaluate NAME FLAGS...: a student on the held-out text, kept as NAME.json.
 evaluate() {
-    run distill-eval --quiet --dataset "$HELD_OUT" --max-seq-length "$MAX_LENGTH" --json "$OUT/$1.json" "${@:2}"
+    run distill-eval --quiet --dataset "$HELD_OUT" --max-seq-length "$MAX_SEQ_LENGTH" --json "$OUT/$1.json" "${@:2}"
 }
 
 # compare FIGURE NAME...: all of them in a table, and whether the last is better than those before it.

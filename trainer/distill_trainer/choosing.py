@@ -96,8 +96,8 @@ def _by_measure(
         say(f"--sample {config.sample}: an epoch draws {kept.sum():,} times from as many documents, with replacement")
     if unmeasured.all():
         raise MissingTargetsError(
-            f"no store answers any of the {len(sequences):,} documents, so none has a measure (is --max-seq-length "
-            f"{config.max_seq_length} the --max-length that they were built with?); type --store with another"
+            f"no store answers any of the {len(sequences):,} documents, so none has a measure (were they built with "
+            f"--max-seq-length {config.max_seq_length} too?); type --store with another"
         )
     if unmeasured.any():
         place = "last in the first epoch" if (kept & unmeasured).any() else "left out"

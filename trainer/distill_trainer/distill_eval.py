@@ -152,7 +152,7 @@ def distill_eval(config: EvalConfig, say: Callable[[str], object] = lambda _: No
     student = load_model(config.student, adapter_path=config.adapter_path)
     report = TokenizeReport()
     sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
-    say(report.describe("--max-seq-length"))
+    say(report.describe())
     require_ids_below(student.model(mx.array([[0]])).shape[-1], sequences, f"student {student.name}")
     if store is not None:
         require_same_tokenizer(store, vocabulary_of(student.tokenizer).fingerprint(), config.student)

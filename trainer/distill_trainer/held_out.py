@@ -101,7 +101,7 @@ def read_held_out(
     count = len(every) if config.val_batches == -1 else config.val_batches * config.batch_size
     chosen = np.random.default_rng(config.seed).permutation(len(every))[:count].tolist()
     found = sorted((every[number] for number in chosen), key=lambda sequence: len(sequence.trained))
-    say(f"held out: {report.describe('--max-seq-length')}; measured on {len(found):,} of them")
+    say(f"held out: {report.describe()}; measured on {len(found):,} of them")
     keys = {document_key(sequence.token_ids) for sequence in trained}
     if twice := sum(document_key(sequence.token_ids) in keys for sequence in found):
         say(f"{twice:,} of these {len(found):,} are trained on too, and are no evidence of what was learned")

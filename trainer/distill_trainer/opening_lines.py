@@ -54,8 +54,8 @@ def say_coverage(
         )
     if missing and config.miss_policy == "error" and not source.asks_services:
         raise MissingTargetsError(
-            f"{missing:,} of {len(sequences):,} documents are not in the store (is --max-seq-length "
-            f"{config.max_seq_length} the --max-length that it was built with?); "
+            f"{missing:,} of {len(sequences):,} documents are not in the store (was it built with --max-seq-length "
+            f"{config.max_seq_length} too?); "
             "type --teacher T to ask it live, or --on-miss hard-only or skip"
         )
 

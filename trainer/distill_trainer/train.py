@@ -65,7 +65,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     student = load_student(config)
     report = TokenizeReport()
     sequences = read_both(config, config.dataset, config.split, config.columns, student.tokenizer, report)
-    say(report.describe("--max-seq-length"))
+    say(report.describe())
     sequences = weighted(sequences, config, student.tokenizer, say)
     config.combination.say(teachers, sequences, say)
     vocab_size = student.model(mx.array([[0]])).shape[-1]
