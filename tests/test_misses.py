@@ -15,7 +15,8 @@ from distill_trainer import live_teacher
 from distill_trainer.batches import epochs
 from distill_trainer.live_teacher import LiveTeacher
 from distill_trainer.train import train
-from logitstore.errors import ModelError, TeacherLostError, UnusableLogitsError
+from logitstore.errors import ModelError, StoreWriteError, TeacherLostError, UnusableLogitsError
+from logitstore.journal import ShardWriter
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from tests.runs import World, make_world
@@ -170,6 +171,49 @@ def test_logits_that_are_no_numbers_lose_their_document_and_not_the_teacher(
     assert (count.failed, count.hits) == (len(bad) - 1, 0)
     assert sum("positions of such documents are trained on their labels alone" in line for line in said) == 1
     assert len(open_store(tmp_path / "s")) == 9
+
+
+def test_online_logits_that_are_no_numbers_stop_the_run_with_what_was_learned(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, asked = Teacher.records, []
+
+    def records(self: Teacher, documents: Any, recipe: Any) -> Any:
+        asked.append(documents)
+        if len(asked) > 2:
+            raise UnusableLogitsError("teacher T cannot be used: NaN")
+        return answer(self, documents, recipe)
+
+    monkeypatch.setattr(Teacher, "records", records)
+    with pytest.raises(UnusableLogitsError, match=r"type --on-miss hard-only .*; what was learned in 2 steps is saved"):
+        world.train(tmp_path / "o", teacher=str(world.teacher), iters=5)
+    assert (tmp_path / "o" / "adapters.safetensors").exists()
+    world.train(tmp_path / "o", teacher=str(world.teacher), iters=5, resume=True, on_miss="hard-only")
+    assert len(metrics(tmp_path / "o")) == 5
+
+
+@pytest.mark.parametrize("fails_at", ["append", "commit"])
+def test_answers_that_cannot_be_kept_cost_nothing_of_what_was_learned(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, fails_at: str
+) -> None:
+    appended: list[int] = []
+
+    def append(self: ShardWriter, documents: Any) -> None:
+        appended.append(1)
+        if fails_at == "append" and len(appended) > 2:
+            raise StoreWriteError("the disk is full")
+        self.pending.update((document.key, document) for document in documents)
+
+    def commit(*_: Any) -> None:
+        raise StoreWriteError("the disk is full")
+
+    monkeypatch.setattr(ShardWriter, "append", append)
+    monkeypatch.setattr(ShardWriter, "commit", commit)
+    options = {"teacher": str(world.teacher), "store": (str(tmp_path / "s"),), "write_back": True, "iters": 4}
+    steps = 2 if fails_at == "append" else 4
+    with pytest.raises(StoreWriteError, match=f"the disk is full; what was learned in {steps} steps is saved in"):
+        world.train(tmp_path / "o", **options)
+    assert (tmp_path / "o" / "adapters.safetensors").exists()
 
 
 def test_whatever_share_of_the_store_is_removed_the_loss_curve_is_the_same_and_a_second_run_has_no_miss(

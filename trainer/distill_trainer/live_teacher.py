@@ -68,7 +68,7 @@ class LiveTeacher:
             return list(self._asked(documents, recipe))
         except UnusableLogitsError as error:
             if self._on_miss == "online":
-                raise
+                raise UnusableLogitsError(f"{error}; type --on-miss hard-only to go on without its answer") from error
             if len(documents) > 1:  # one spoils the batch of all
                 return [self.records([token_ids], recipe)[0] for token_ids in documents]
             if not self._told_of_unusable:

@@ -5,7 +5,7 @@ Everything that must fit is put together and checked here before the first step;
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,17 +36,21 @@ from distill_trainer.target_source import open_stores, target_source
 from distill_trainer.trackers import tracked
 from distill_trainer.two_prompts import read_both
 from distill_trainer.weights import weighted
-from logitstore.errors import MissingTargetsError, ProcessLostError, StoreError, TeacherLostError
+from logitstore.errors import MissingTargetsError, ProcessLostError, StoreError, TeacherLostError, UnusableLogitsError
 from logitstore.model import LoadedModel
 from logitstore.sequences import TokenizeReport, require_ids_below
+
+ENDS = (MissingTargetsError, StoreError, TeacherLostError, UnusableLogitsError, ProcessLostError)
+"""What ends a run early with what it has learned."""
 
 
 def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) -> TrainReport:
     """Train a student and save it to `config.out`.
 
-    After the first step, Ctrl-C, a store that fails, a teacher that is lost or a miss ends the run early, and what was
-    learned and a checkpoint are saved; before it, nothing is left behind. With `config.resume` a run goes on from its
-    last checkpoint as if it had never stopped. Among several processes, the first alone speaks and writes.
+    After the first step, Ctrl-C, a store that fails, a teacher that is lost or says no numbers, or a miss ends the run
+    early, and what was learned and a checkpoint are saved; before it, nothing is left behind. With `config.resume` a
+    run goes on from its last checkpoint as if it had never stopped. Among several processes, the first alone speaks and
+    writes.
 
     Args:
         say: takes one line of text at a time for the user.
@@ -78,61 +82,63 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         sequences, held_out = crossing.over(sequences, say), crossing.over_held_out(held_out, say)
 
     folder = output_folder(Path(config.out), new=not config.resume) if among.first else nullcontext(Path(config.out))
-    with folder as out:
+    with folder as out, ExitStack() as asked:
         crosses = crossing is not None
-        asked = target_source(config, teachers, student.tokenizer, say, crosses=crosses)
-        with asked if config.distils else nullcontext() as source:
-            if source is not None:
-                if not crosses:
-                    require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
-                say_coverage(source, sequences, config, say)
-            methods = methods_of(config, student, source, say)
-            make_trainable(student, config, write_base=among.first)
-            own = on_policy(config, student, sequences, source, say)
-            if config.pack:
-                require_apart(student.model, student.name)
-                say_padding(config, sequences, draw, among, say)
-            parameters = trainable(learner(student.model, methods)).values()
-            result_bytes = sum(parameter.nbytes for parameter in parameters)
-            # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
-            checkpoints_bytes = (3 if config.resume else 9) * result_bytes if config.save_every else 0
-            if among.first:
-                require_room(out, result_bytes + checkpoints_bytes)
-            optimizer = make_optimizer(
-                config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule
+        source = None
+        if config.distils:
+            source = asked.enter_context(target_source(config, teachers, student.tokenizer, say, crosses=crosses))
+            if not crosses:
+                require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
+            say_coverage(source, sequences, config, say)
+        methods = methods_of(config, student, source, say)
+        make_trainable(student, config, write_base=among.first)
+        own = on_policy(config, student, sequences, source, say)
+        if config.pack:
+            require_apart(student.model, student.name)
+            say_padding(config, sequences, draw, among, say)
+        parameters = trainable(learner(student.model, methods)).values()
+        result_bytes = sum(parameter.nbytes for parameter in parameters)
+        # three checkpoints for a moment, each with an optimizer's two moments; two are there when a run goes on
+        checkpoints_bytes = (3 if config.resume else 9) * result_bytes if config.save_every else 0
+        if among.first:
+            require_room(out, result_bytes + checkpoints_bytes)
+        optimizer = make_optimizer(config.optimizer, config.optimizer_config, config.learning_rate, config.lr_schedule)
+        run, failure = TrainReport(), None
+        run.across = None if crossing is None else {"method": crossing.method, "teaches": crossing.teaches}
+        objective = Objective(config, None if source is None else source.recipe, crossing=crossing)
+        stores = teachers.stores
+        checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out, methods)
+        if config.resume:
+            checkpoints.restore(run)
+            say(f"going on after step {run.steps:,}")
+        if among.first:
+            with writing(out):
+                (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
+            cut_metrics(out, run.steps)
+        if among.size > 1:
+            say(f"{among.size} processes share each batch of {config.batch_size:,} documents")
+        say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
+        head = distill_kernels.split_head(student.model)
+        if head.reason:
+            say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
+        try:
+            parts = Parts(
+                config, head, optimizer, objective, sequences, draw, tuple(held_out), source, own, methods, among
             )
-            run, failure = TrainReport(), None
-            run.across = None if crossing is None else {"method": crossing.method, "teaches": crossing.teaches}
-            objective = Objective(config, None if source is None else source.recipe, crossing=crossing)
-            stores = teachers.stores
-            checkpoints = Checkpoints(config, student, optimizer, objective, stores, sequences, held_out, methods)
-            if config.resume:
-                checkpoints.restore(run)
-                say(f"going on after step {run.steps:,}")
-            if among.first:
-                with writing(out):
-                    (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
-                cut_metrics(out, run.steps)
-            if among.size > 1:
-                say(f"{among.size} processes share each batch of {config.batch_size:,} documents")
-            say(f"training {sum(parameter.size for parameter in parameters):,} parameters for {config.iters:,} steps")
-            head = distill_kernels.split_head(student.model)
-            if head.reason:
-                say(f"every step holds whole logits, because the LM head cannot be taken apart: {head.reason}")
-            try:
-                parts = Parts(
-                    config, head, optimizer, objective, sequences, draw, tuple(held_out), source, own, methods, among
-                )
-                tracking = tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say)
-                with among.together(), tracking as track:
-                    run_steps(parts, checkpoints, run, track)
-            except (KeyboardInterrupt, MissingTargetsError, StoreError, TeacherLostError, ProcessLostError) as error:
-                if not run.steps:
-                    raise
-                run.interrupted, failure = True, error
+            tracking = tracked(config.report_to, config.project_name, out, config.to_json(), run.steps, say)
+            with among.together(), tracking as track:
+                run_steps(parts, checkpoints, run, track)
+        except (KeyboardInterrupt, *ENDS) as error:
+            if not run.steps:
+                raise
+            run.interrupted, failure = True, error
         with uninterrupted(last=True):
             if among.first:
                 save_run(config, student, methods, checkpoints, run)
+        try:
+            asked.close()
+        except StoreError as error:  # the teacher's last answers cannot be kept; what was learned of them is saved
+            failure = error
         if among.first:
             shown, samples = held_out or sequences, 0 if run.interrupted else config.report_samples
             save_run_page(config, student, shown, say, samples)
@@ -140,8 +146,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             among.wait()
     if isinstance(failure, ProcessLostError) and not among.first:
         raise failure
-    if isinstance(failure, MissingTargetsError | StoreError | TeacherLostError | ProcessLostError):
-        resumes = isinstance(failure, TeacherLostError | MissingTargetsError)
+    if isinstance(failure, ENDS):
+        resumes = isinstance(failure, TeacherLostError | UnusableLogitsError | MissingTargetsError)
         go_on = "; --resume goes on from there" if resumes else ""
         raise type(failure)(f"{failure}; what was learned in {run.steps:,} steps is saved in {out}{go_on}") from failure
     return run
