@@ -1,4 +1,5 @@
 import json
+import math
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ import mlx_lm
 import pytest
 
 from distill_trainer.batch_loss import batch_loss
+from distill_trainer.held_out import HeldOut
 from distill_trainer.targets import TargetSource
 from distill_trainer.train import train
 from logitstore.errors import ConfigError, CorruptStoreError, ModelError
@@ -145,6 +147,15 @@ def test_the_last_and_the_best_checkpoint_are_kept_and_load_in_mlx_lm(tmp_path: 
     assert best == 6
     assert kept(tmp_path / "o") == [6, 10]
     mlx_lm.load(str(tmp_path / "o" / "checkpoints" / "0000006"))
+
+
+def test_the_best_checkpoint_is_not_one_whose_held_out_loss_is_no_number(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([math.nan, 2.0, 3.0])
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: {"valid_loss": next(losses)})
+    world.train(tmp_path / "o", alpha=0, iters=3, save_every=1, valid_dataset=str(world.data))
+    assert kept(tmp_path / "o") == [2, 3]
 
 
 def test_without_save_every_a_run_leaves_no_checkpoint_and_cannot_go_on(tmp_path: Path, world: World) -> None:

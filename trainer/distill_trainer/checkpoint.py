@@ -268,7 +268,7 @@ def _loss(folder: Path, *, held_out: bool) -> float:
         loss = state["report"]["final"].get("valid_loss") if held_out else state["mean_loss"]
     except (OSError, ValueError, KeyError):
         return math.inf
-    return math.inf if loss is None else float(loss)
+    return math.inf if loss is None or math.isnan(loss) else float(loss)
 
 
 def _said(value: Any) -> str:
