@@ -191,6 +191,13 @@ def test_on_a_gpu_a_packed_student_of_an_adapter_stays_packed_also_when_it_is_cu
     assert np.allclose(model(TOKENS), student.model(TOKENS), atol=1e-5)
 
 
+def test_keys_that_adapt_no_layer_are_refused(tmp_path: Path) -> None:
+    world = make_world(tmp_path, store=False)
+    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.query"]}
+    with pytest.raises(ConfigError, match="adapt no layer of student student; write keys"):
+        world.train(tmp_path / "o", alpha=0, lora_parameters=parameters)
+
+
 def test_an_adapter_goes_on_from_another_ones_weights_and_refuses_those_of_other_layers(tmp_path: Path) -> None:
     world = make_world(tmp_path, store=False)
     world.train(tmp_path / "a", alpha=0)

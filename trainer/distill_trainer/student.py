@@ -67,6 +67,11 @@ def make_trainable(student: LoadedModel, config: TrainConfig, *, write_base: boo
             raise ConfigError(
                 f"lora_parameters {lora} cannot be used: {error}; expected rank, scale and dropout"
             ) from error
+        if not trainable(model):
+            raise ConfigError(
+                f"lora_parameters {lora} adapt no layer of student {student.name}; write keys as its layers are "
+                "called, as in {keys: [self_attn.q_proj]}, or leave them out"
+            )
         if config.resume_adapter_file is not None:
             _load_adapter(model, Path(config.resume_adapter_file).expanduser())
     if config.grad_checkpoint:
