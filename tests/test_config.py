@@ -84,6 +84,7 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str
         ({"num_layers": 0}, "--num-layers"),
         ({"keep_layers": 0}, "--keep-layers"),
         ({"seed": -1}, "--seed"),
+        ({"seed": 1 << 64}, "--seed"),
         ({"alpha": "0.9->"}, "--alpha"),
         ({"grad_accumulation_steps": 0}, "--grad-accumulation-steps"),
         ({"max_grad_norm": math.nan}, "--max-grad-norm"),

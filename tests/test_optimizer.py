@@ -89,6 +89,8 @@ def test_adafactor_takes_the_learning_rate_of_the_run() -> None:
         ({"configs": {"adam": {"beta": 1}}}, "optimizer_config of adam is .*expected some of the keys betas, eps"),
         ({"configs": {"adam": {"eps": "small"}}}, "optimizer_config of adam .*small.*; write other numbers"),
         ({"configs": {"adam": {"betas": [2, 2]}}}, "optimizer_config of adam .*; write other numbers"),
+        ({"configs": {"adam": {"betas": [0.9]}}}, "optimizer_config of adam .*; write other numbers"),
+        ({"name": "muon", "configs": {"muon": {"ns_steps": 2.5}}}, "optimizer_config of muon .*; write other numbers"),
         ({"configs": {"adam": 3}}, "optimizer_config of adam is 3, expected some of the keys"),
         ({"name": "adafactor", "configs": {"adafactor": {"relative_step": True}}}, "relative_step makes adafactor"),
         (

@@ -25,7 +25,6 @@ AT_LEAST = (
     ("steps_per_eval", 1, 200),
     ("keep_layers", 1, 10),
     ("report_samples", 0, 3),
-    ("seed", 0, 0),
     ("on_policy_tokens", 1, 128),
 )
 """Whole numbers, the least they may be, and one to type."""
@@ -157,6 +156,7 @@ def check_numbers(config: "TrainConfig") -> None:
             f"{name} is {value}, expected at least 2: one token to read and one to predict; "
             f"type {flag_of(name)} {usual}",
         )
+    require(0 <= config.seed < 1 << 64, f"seed is {config.seed}, expected 0 to 2^64 - 1; type --seed 0")
     require(
         0 < config.learning_rate < math.inf,
         f"learning_rate is {config.learning_rate:g}, expected a number above 0; type --learning-rate 1e-5",

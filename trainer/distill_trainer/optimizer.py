@@ -69,7 +69,11 @@ def make_optimizer(
         raise ConfigError("relative_step makes adafactor ignore the run's learning rate; leave it out")
     rate = learning_rate if lr_schedule is None else learning_rate_schedule(lr_schedule)
     try:
-        return cast(optim.Optimizer, cast(Any, kind)(learning_rate=rate, **_DEFAULTS.get(name, {}) | _numbers(config)))
+        arguments = _DEFAULTS.get(name, {}) | _numbers(config)
+        tried, made = (cast(optim.Optimizer, cast(Any, kind)(learning_rate=rate, **arguments)) for _ in range(2))
+        weights = {"w": mx.ones((2, 2))}
+        tried.apply_gradients(weights, weights)  # a lone beta shows here alone
+        return made
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer_config of {name} is {dict(config)}: {error}; write other numbers") from error
 
