@@ -317,3 +317,14 @@ def test_a_mixture_is_resumed_to_the_last_bit_and_not_with_other_shares(world: W
         world.train(tmp_path / "o", store=(stores[0], f"{stores[1]}1"), iters=4, resume=True, save_every=2)
     _, parts = world.train(tmp_path / "o", store=stores, iters=4, resume=True, save_every=2)
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole]
+
+
+def test_a_run_does_not_go_on_where_other_teachers_teach_its_documents(world: World, tmp_path: Path) -> None:
+    rows = [{"text": text, "kind": "ab"[number % 2]} for number, text in enumerate(CORPUS)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    stores = tuple(f"{path(world, name, SECOND)}={value}" for name, value in (("teacher", "a"), ("other", "b")))
+    options = {"dataset": str(data), "store": stores, "combine": "column:kind", "save_every": 2, "on_miss": "skip"}
+    world.train(tmp_path / "o", iters=2, **options)
+    write_jsonl(data, [row | {"kind": "ab"[number < 3]} for number, row in enumerate(rows)])
+    with pytest.raises(ConfigError, match="the content of the dataset"):
+        world.train(tmp_path / "o", iters=4, resume=True, **options)

@@ -165,9 +165,10 @@ class Checkpoints:
     @cached_property
     def _sources(self) -> dict[str, str]:
         """Digests of what the run reads: documents, stores but for the one that it writes to, an adapter's base."""
-        found, config = {"dataset": _documents_digest(self._sequences)}, self._config
+        config = self._config
+        found = {"dataset": _documents_digest(self._sequences, config.columns)}
         if self._held_out:
-            found["held-out dataset"] = _documents_digest(self._held_out)
+            found["held-out dataset"] = _documents_digest(self._held_out, config.columns)
         read = [s for s in self._stores if not (config.write_back and Path(str(s.path)) == Path(config.store[0]))]
         for number, store in enumerate(read, 1):
             found[f"store {number}"] = store.digest()
@@ -218,7 +219,7 @@ def cut_metrics(out: Path, steps: int) -> None:
         sync(out)
 
 
-def _documents_digest(sequences: Sequence[TokenSequence]) -> str:
+def _documents_digest(sequences: Sequence[TokenSequence], columns: Sequence[str]) -> str:
     digest = blake2b(digest_size=16)
     for sequence in sequences:
         digest.update(len(sequence.token_ids).to_bytes(8, "little"))
@@ -227,6 +228,8 @@ def _documents_digest(sequences: Sequence[TokenSequence]) -> str:
             digest.update(sequence.asked.token_ids.tobytes())
         if sequence.weights is not None:
             digest.update(sequence.weights.tobytes())
+        for name in columns:  # they say who teaches a document, or how often it is drawn
+            digest.update(repr(sequence.columns.get(name)).encode())
     return digest.hexdigest()
 
 
