@@ -22,7 +22,6 @@ from mlx_lm.tuner.utils import build_schedule
 from logitstore.errors import ConfigError
 
 OptimizerName = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
-LearningRate = float | Callable[[mx.array], mx.array]
 
 _CLASSES: dict[str, type[optim.Optimizer]] = {
     "adam": optim.Adam,
