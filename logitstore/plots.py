@@ -1,14 +1,14 @@
-"""Plots as inline SVG and a page to hold them: pure functions, numbers to text, for `logitstore stats` and `tools/`.
+"""Plots as inline SVG: pure functions, numbers to text, for `logitstore stats` and `tools/`.
 
-A figure carries its numbers as a table for those who cannot see it. A page is one file: no script, no other host, light
-or dark as the reader's system is. Every text passes `escape`, because names come from other people's stores.
+A figure carries its numbers as a table for those who cannot see it; `html_page` brings figures together. Every text
+passes `escape`, because names come from other people's stores.
 """
 
 import html
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+
+from logitstore.scale import Scale, number, round_step, round_ticks
 
 WIDTH = 392  # in user units; near a phone's width in CSS pixels, so that text keeps its size there
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 30, 42
@@ -34,49 +34,6 @@ svg .guide { fill: none; stroke: var(--muted); stroke-width: 1.25; stroke-dashar
 svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
 """
 STYLE += "".join(f"svg .f{i} {{ fill: var(--c{i}); }} svg .l{i} {{ stroke: var(--c{i}); }}\n" for i in range(SERIES))
-PAGE_STYLE = """
-* { box-sizing: border-box; }
-html { color-scheme: light dark; -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--page); color: var(--ink); overflow-wrap: anywhere;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 64rem; margin: 0 auto; padding: clamp(1.25rem, 4vw, 3rem) clamp(1rem, 4vw, 2rem) 4rem; }
-h1 { font-size: clamp(1.5rem, 1.2rem + 1.8vw, 2.25rem); line-height: 1.15; letter-spacing: -0.02em; margin: 0;
-  text-wrap: balance; }
-.subtitle { color: var(--muted); margin: 0.5rem 0 0; max-width: 46rem; }
-section { margin-top: 2.5rem; }
-h2 { font-size: 1.125rem; line-height: 1.3; letter-spacing: -0.01em; margin: 0 0 0.75rem; }
-h2 + p { color: var(--muted); margin: -0.5rem 0 1rem; max-width: 46rem; font-size: 0.9375rem; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
-  align-items: start; }
-figure, .table, dl { margin: 0 0 1rem; background: var(--card); border: 1px solid var(--grid);
-  border-radius: 0.625rem; }
-.plots figure { margin: 0; }
-figure { padding: 0.875rem; max-width: 36rem; min-width: 0; }
-figure svg { width: 100%; height: auto; }
-figcaption { font-weight: 600; font-size: 0.9375rem; line-height: 1.35; margin: 0 0 0.5rem; }
-details { margin-top: 0.5rem; font-size: 0.8125rem; }
-summary { color: var(--muted); cursor: pointer; width: fit-content; }
-summary:focus-visible { outline: 2px solid var(--c0); outline-offset: 2px; border-radius: 2px; }
-.scroll { overflow: auto; max-height: 22rem; margin-top: 0.5rem; }
-.table { overflow-x: auto; padding: 0.375rem 0.875rem; font-size: 0.9375rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { text-align: right; padding: 0.3125rem 0 0.3125rem 1rem; border-top: 1px solid var(--grid); }
-th:first-child, td:first-child { text-align: left; padding-left: 0;
-  overflow-wrap: anywhere; min-width: 7rem; }
-td { white-space: nowrap; }
-thead th { border-top: 0; color: var(--muted); font-weight: 500; vertical-align: bottom; }
-tbody th { font-weight: 400; }
-.words th, .words td { text-align: left; white-space: normal; vertical-align: top; }
-.words td:last-child { overflow-wrap: anywhere; min-width: 7.5rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9.5rem, 24%), 1fr)); padding: 0.25rem 0; }
-dl div { padding: 0.625rem 0.875rem; }
-dt { color: var(--muted); font-size: 0.8125rem; }
-dd { margin: 0; font-size: 1.375rem; line-height: 1.25; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
-.texts { grid-template-columns: 1fr; }
-.texts dd { font-size: 0.9375rem; line-height: 1.45; letter-spacing: 0; white-space: pre-wrap; }
-dd small { display: block; color: var(--muted); font-size: 0.8125rem; line-height: 1.4; letter-spacing: 0; }
-@media print { body { background: none; } figure, .table, dl { break-inside: avoid; } }
-"""
 
 
 def printable(text: object) -> str:
@@ -87,19 +44,6 @@ def printable(text: object) -> str:
 def escape(text: object) -> str:
     """The text as it may stand in HTML or XML, between tags or in a quoted attribute."""
     return html.escape(printable(text), quote=True)
-
-
-def number(value: float) -> str:
-    """A number as an axis shows it: 0.25, 1,000, 20k, 5M, 2×10⁻⁶."""
-    size = abs(value)
-    if size >= 1e15 or 0 < size < 1e-4:
-        digits, exponent = f"{value:.0e}".split("e")
-        power = "10" + str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return (power if digits == "1" else f"{digits}×{power}").replace("-", "−")
-    for unit, suffix, since in ((1e12, "T", 1e12), (1e9, "G", 1e9), (1e6, "M", 1e6), (1e3, "k", 1e4)):
-        if size >= since:
-            return f"{value / unit:.5g}{suffix}".replace("-", "−")
-    return (f"{value:,.0f}" if size >= 1e3 and value == round(value) else f"{value:.5g}").replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -120,36 +64,6 @@ class Table:
         )
         kind = ' class="words"' if self.words else ""
         return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A few numbers that matter most: (name, value, remark)."""
-
-    items: tuple[tuple[str, str, str], ...]
-
-    def html(self) -> str:
-        """As a <dl>."""
-        items = "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
-            for name, value, remark in self.items
-        )
-        return f"<dl>{items}</dl>"
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Passages to read, each under its name; lines stay lines."""
-
-    items: tuple[tuple[str, str], ...]
-
-    def html(self) -> str:
-        """As a <dl>."""
-        items = "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{chr(10).join(map(escape, text.splitlines()))}</dd></div>"
-            for name, text in self.items
-        )
-        return f'<dl class="texts">{items}</dl>'
 
 
 @dataclass(frozen=True)
@@ -185,40 +99,6 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A part of a page: a heading, a sentence under it or none, and what it shows."""
-
-    title: str
-    content: Sequence[Figure | Table | Facts | Texts]
-    remark: str = ""
-
-    def html(self) -> str:
-        """As a <section>; figures stand side by side where there is room."""
-        other = "".join(
-            f'<div class="table">{part.html()}</div>' if isinstance(part, Table) else part.html()
-            for part in self.content
-            if not isinstance(part, Figure)
-        )
-        plots = "".join(part.html() for part in self.content if isinstance(part, Figure))
-        remark = f"<p>{escape(self.remark)}</p>" if self.remark else ""
-        plots = f'<div class="plots">{plots}</div>' if plots else ""
-        return f"<section><h2>{escape(self.title)}</h2>{remark}{other}{plots}</section>"
-
-
-def page(title: str, subtitle: str, sections: Iterable[Section]) -> str:
-    """One self-contained HTML file. Its own policy forbids scripts and whatever lies elsewhere."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{PAGE_STYLE}</style></head>\n"
-        f'<body><main><header><h1>{escape(title)}</h1><p class="subtitle">{escape(subtitle)}</p></header>\n'
-        + "\n".join(section.html() for section in sections)
-        + "\n</main></body></html>\n"
-    )
-
-
-@dataclass(frozen=True)
 class Axis:
     """What an axis says: the quantity, its unit, and whether it is logarithmic."""
 
@@ -248,62 +128,6 @@ class Series:
     guide: bool = False
 
 
-@dataclass(frozen=True)
-class _Scale:
-    """From values to user units between two ends, with ticks at round values."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-    ticks: tuple[float, ...]
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        return self.start + (self.stop - self.start) * (value - low) / (high - low)
-
-    @classmethod
-    def around(
-        cls, values: Sequence[float], start: float, stop: float, *, log: bool = False, least_step: float = 0.0
-    ) -> Self:
-        """A scale between round values that hold these; a linear one holds 0 too."""
-        if log:
-            return cls._logarithmic(min(values, default=1.0), max(values, default=10.0), start, stop)
-        low, high = min(0.0, *values, 0.0), max(values, default=1.0)
-        high = high if high - low > 1e-300 else low + 1.0
-        step = max(round_step(low, high), least_step)
-        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-        return cls(low, high, start, stop, round_ticks(low, high, step))
-
-    @classmethod
-    def _logarithmic(cls, low: float, high: float, start: float, stop: float) -> Self:
-        exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-        steps = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
-        low = max(step for step in steps if step < low * (1 - 1e-9))
-        high = min(step for step in steps if step > high * (1 + 1e-9))
-        ticks = [step for step in steps if low <= step <= high]
-        powers = [tick for tick in ticks if tick in map(float, (f"1e{exponent}" for exponent in exponents))]
-        if len(ticks) > 7 and len(powers) > 2:
-            ticks = powers[:: math.ceil(len(powers) / 7)]
-        return cls(low, high, start, stop, tuple(ticks), log=True)
-
-
-def round_step(low: float, high: float, most: int = 5) -> float:
-    """The least 1, 2 or 5 times a power of ten that goes at most `most` times into the span."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= rough * (1 - 1e-9))
-
-
-def round_ticks(low: float, high: float, step: float) -> tuple[float, ...]:
-    """The multiples of the step from low to high."""
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(float(f"{i * step:.12g}") for i in range(first, last + 1))
-
-
 def histogram(
     edges: Sequence[float],
     counts: Sequence[int],
@@ -325,8 +149,8 @@ def histogram(
     height, total = 236, sum(counts)
     low, high, width = edges[0], edges[-1], edges[1] - edges[0]
     step = max(round_step(low, high), width)
-    x = _Scale(low, high, LEFT, WIDTH - RIGHT, round_ticks(low, high, step))
-    y = _Scale.around([1.0, max(counts)], height - BOTTOM, TOP, least_step=1.0)
+    x = Scale(low, high, LEFT, WIDTH - RIGHT, round_ticks(low, high, step))
+    y = Scale.around([1.0, max(counts)], height - BOTTOM, TOP, least_step=1.0)
     whole = width == 1 and low % 1 == 0.5
     gap = min(1.0, (x(edges[1]) - x(low)) * 0.15)
     body, rows = [_axes(x, y, Axis(unit), Axis(of), height, vertical_lines=False)], []
@@ -402,8 +226,8 @@ def chart(series: Sequence[Series], title: str, x: Axis, y: Axis) -> Figure:
     every = [point for points in shown for point in points]
     legend, top = _legend(series) if len(series) > 1 else ("", 0.0)
     height = 276 + top
-    across = _Scale.around([point[0] for point in every], LEFT, WIDTH - RIGHT, log=x.log)
-    up = _Scale.around([point[1] for point in every], height - BOTTOM, top + TOP, log=y.log)
+    across = Scale.around([point[0] for point in every], LEFT, WIDTH - RIGHT, log=x.log)
+    up = Scale.around([point[1] for point in every], height - BOTTOM, top + TOP, log=y.log)
     body = [legend, _axes(across, up, x, y, height)]
     taken = [(across(a) - 4, up(b) - 4, across(a) + 4, up(b) + 4) for a, b, _ in every]
     for i, (s, points) in enumerate(zip(series, shown, strict=True)):
@@ -482,7 +306,7 @@ def _beside(x: float, y: float, label: str, taken: list[tuple[float, float, floa
     return _text(place[0], place[1], label, "ink halo", place[2])
 
 
-def _axes(x: _Scale, y: _Scale, across: Axis, up: Axis, height: float, *, vertical_lines: bool = True) -> str:
+def _axes(x: Scale, y: Scale, across: Axis, up: Axis, height: float, *, vertical_lines: bool = True) -> str:
     """Gridlines, ticks and what the axes say: y's above it, lying, so that nobody tilts the head."""
     top, bottom = y.stop, y.start
     parts = [_text(4, top - 14, up.label), _text(WIDTH - RIGHT, height - 6, across.label, "", "end")]

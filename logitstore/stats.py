@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore import plots
-from logitstore.plots import Axis, Facts, Figure, Section, Series, printable
+from logitstore.html_page import Facts, Section, page
+from logitstore.plots import Axis, Figure, Series, printable
 from logitstore.targets import SparseTargets
 
 ENTROPY_EDGES = np.arange(65, dtype=np.float64) * 0.25
@@ -285,7 +286,7 @@ def to_html(stats: StoreStats) -> str:
     remark = "Entropy and label log-prob are the teacher's at temperature 1. A bin holds its lower edge."
     sections.append(Section("Position by position", figures, remark))
     subtitle = " · ".join(f"{name}: {value}" for name, value in stats.about.items())
-    return plots.page(stats.name, subtitle, sections)
+    return page(stats.name, subtitle, sections)
 
 
 def _fidelity_section(fidelity: Mapping[str, Any]) -> Section:

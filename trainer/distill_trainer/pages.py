@@ -10,8 +10,9 @@ from distill_trainer.config import TrainConfig
 from distill_trainer.distill_eval import FIGURES, Held, shown
 from distill_trainer.output import CONFIG, METRICS, REPORT, SUMMARY
 from logitstore.errors import ConfigError, first_line
+from logitstore.html_page import Facts, Section, Texts, page
 from logitstore.model import LoadedModel
-from logitstore.plots import Axis, Facts, Figure, Section, Series, Table, Texts, chart, page
+from logitstore.plots import Axis, Figure, Series, Table, chart
 from logitstore.replaced import replaced
 from logitstore.sequences import TokenSequence
 
