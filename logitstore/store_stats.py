@@ -7,7 +7,8 @@ from tqdm import tqdm
 from logitstore.contract import Store
 from logitstore.manifest import Manifest
 from logitstore.replaced import replaced
-from logitstore.stats import StoreStats, collect, to_html
+from logitstore.stats import StoreStats, collect
+from logitstore.stats_report import to_html
 
 
 def of_store(store: Store, *, quiet: bool = False) -> StoreStats:

@@ -22,7 +22,7 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from logitstore import info, stats, verify
+from logitstore import info, stats, stats_report, verify
 from logitstore.chunks import CRC, checked, pack, sharded, unpack
 from logitstore.contract import Store
 from logitstore.errors import LogitstoreError
@@ -205,9 +205,9 @@ def records_of(seed: int, lengths: tuple[int, ...]) -> list[Any]:
 def look(store: Store, count: int) -> None:
     """What `stats` does."""
     found = stats.collect(map(store.document, range(count)), store.plane_bytes(), store.fidelity, name="s")
-    json.dumps(stats.to_json(found), allow_nan=False)
-    stats.to_text(found)
-    stats.to_html(found)
+    json.dumps(stats_report.to_json(found), allow_nan=False)
+    stats_report.to_text(found)
+    stats_report.to_html(found)
 
 
 def ours(action: Callable[[], Any]) -> Any:

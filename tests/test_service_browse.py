@@ -20,7 +20,7 @@ from logitstore.service.document_json import document_json as as_json
 from logitstore.service.scan import Scan
 from logitstore.service.shelf import Served
 from logitstore.service.tokens import new_token
-from logitstore.stats import to_json
+from logitstore.stats_report import to_json
 from logitstore.store_stats import of_store
 from logitstore.vocabulary import Vocabulary
 from logitstore.zarr_store import ZarrStore

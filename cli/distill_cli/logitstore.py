@@ -258,7 +258,7 @@ def inspect(store: str, number: int, candidates: int) -> None:
 def stats(store: str, as_json: bool, html: Path | None, quiet: bool) -> None:
     """Show what a store's targets look like: size, fidelity and histograms."""
     with one_line_errors("Nothing was changed; type the same command again."):
-        from logitstore.stats import to_json, to_text
+        from logitstore.stats_report import to_json, to_text
         from logitstore.store import open_store
         from logitstore.store_stats import of_store, save_html
 

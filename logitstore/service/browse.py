@@ -33,7 +33,7 @@ from logitstore.service.access import Access
 from logitstore.service.document_json import MOST_POSITIONS, document_json
 from logitstore.service.scan import Scan
 from logitstore.service.shelf import Served, Shelf
-from logitstore.stats import to_json
+from logitstore.stats_report import to_json
 
 MOST_SCANS = 8
 """Stores of which measures and texts are kept, the last used ones."""
