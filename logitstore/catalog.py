@@ -1,12 +1,14 @@
 """Which shards a store has, and which document has which number: found by the index, and by what it does not know yet.
 
 Documents are numbered through the index's shards in their order, then through the shards that were finished since.
-Stands between the files of a `ZarrStore` and whoever asks it for a document.
+Stands between the files of a `ZarrStore` and whoever asks it for a document. A look at the shards is taken whole or not
+at all, so that one thread may refresh while another looks documents up.
 """
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,32 @@ MOST_OPEN = 256
 """Shards of which tables are kept in memory, the last used ones."""
 
 
+@dataclass(frozen=True, eq=False)
+class _View:
+    """The shards that were there at one look, and the numbers of their documents."""
+
+    index: StoredIndex | None
+    names: list[str]
+    starts: list[int]
+    """[S + 1]; the number of each shard's first document, and how many there are."""
+    counts: npt.NDArray[np.int64]
+    """[S, 2]; documents and positions of each shard."""
+    fresh_keys: Table
+    """Of the shards that the index does not know."""
+    twice: list[int]
+    """Documents that an earlier shard, or the same one before them, holds too."""
+
+    @property
+    def indexed(self) -> int:
+        """How many shards the index knows."""
+        return len(self.index.shards) if self.index else 0
+
+    @property
+    def key_tables(self) -> list[Table]:
+        """Hashes of whole documents."""
+        return [*([self.index.keys] if self.index else []), self.fresh_keys]
+
+
 class Catalog:
     """The documents of a store's shards."""
 
@@ -40,11 +68,19 @@ class Catalog:
         self._files, self._path, self._manifest = files, path, manifest
         self._open: OrderedDict[str, Shard] = OrderedDict()
         self._checked: set[str] = set()
-        self.index: StoredIndex | None = None
-        self._starts: list[int] = []
-        self.names: list[str] = []
-        """Shards, in the order in which documents are numbered."""
+        self._view = _View(None, [], [0], np.empty((0, 2), np.int64), EMPTY, [])
+        self._fresh_blocks = self._view, EMPTY
         self.refresh()
+
+    @property
+    def index(self) -> StoredIndex | None:
+        """The index, where there is one that fits the shards."""
+        return self._view.index
+
+    @property
+    def names(self) -> list[str]:
+        """Shards, in the order in which documents are numbered."""
+        return self._view.names
 
     def refresh(self) -> None:
         """See the shards that were finished since the store was opened.
@@ -53,9 +89,14 @@ class Catalog:
             CorruptStoreError: the index, a shard's entry or its documents are not what was written.
             IncompatibleStoreError: a shard belongs to another store.
         """
-        index = self.index or read_index(self._files, self._path)
+        self._look(self.index)
+
+    def _look(self, index: StoredIndex | None) -> None:
+        """See what there is now, by this index or by the one that is read."""
+        before = self._view
+        index = index or read_index(self._files, self._path)
         there = self._listed(index)
-        if not there.issuperset(self.names):  # one that was taken away may come back, computed again
+        if not there.issuperset(before.names):  # one that was taken away may come back, computed again
             self._open.clear()
             self._checked.clear()
             if isinstance(self._files, LocalFiles):
@@ -64,20 +105,17 @@ class Catalog:
             index = None  # a shard was taken away: what the index says of the others may be read from them
         indexed = index.shards if index else []
         fresh = sorted(there - index.known if index else there)
-        if self._starts and index is self.index and indexed + fresh == self.names:
+        if index is before.index and indexed + fresh == before.names:
             return
-        self.index = index
-        self.names = indexed + fresh
         shards = [self.shard(name) for name in fresh]
-        counts = [(s.entry.documents, s.entry.positions) for s in shards]
-        self._counts = np.concatenate(
-            [index.counts if index else np.empty((0, 2), np.int64), np.array(counts, np.int64).reshape(-1, 2)]
-        )
-        self._starts = [0, *np.cumsum(self._counts[:, 0]).tolist()]
-        first = self._starts[len(indexed)]
-        self._fresh_keys = _keys_of(shards, first)
-        self._fresh_blocks: Table | None = None
-        self._twice = sorted([*(index.duplicates if index else []), *self._held_twice(first)])
+        counts = np.array([(s.entry.documents, s.entry.positions) for s in shards], np.int64).reshape(-1, 2)
+        if index:
+            counts = np.concatenate([index.counts, counts])
+        starts = [0, *np.cumsum(counts[:, 0]).tolist()]
+        first = starts[len(indexed)]
+        view = _View(index, indexed + fresh, starts, counts, _keys_of(shards, first), [])
+        twice = [*(index.duplicates if index else []), *self._held_twice(view, first)]
+        self._view = replace(view, twice=sorted(twice))
 
     def shard(self, name: str) -> Shard:
         """One shard by its name.
@@ -107,17 +145,17 @@ class Catalog:
 
     def __len__(self) -> int:
         """How many different documents there are."""
-        return self._starts[-1] - len(self._twice)
+        view = self._view
+        return view.starts[-1] - len(view.twice)
 
     @property
     def positions(self) -> int:
         """How many positions there are."""
-        return int(self._counts[:, 1].sum())
+        return int(self._view.counts[:, 1].sum())
 
     def forget_index(self) -> None:
         """Read the index again: it has been replaced."""
-        self.index = None
-        self.refresh()
+        self._look(None)
 
     def write_index(self, folder: Path, names: list[str]) -> None:
         """Write an index of these shards, in this order, into a folder that is there."""
@@ -125,7 +163,7 @@ class Catalog:
         documents = np.array([shard.entry.documents for shard in shards], np.int64)
         counts = np.stack([documents, [shard.entry.positions for shard in shards]], axis=1).reshape(-1, 2)
         keys = _keys_of(shards, 0)
-        twice = [number for number in _same_hash([keys]) if self._is_second(keys, number, shards, documents)]
+        twice = [number for number in _same_hash(keys) if self._is_second(keys, number, shards, documents)]
         write_index(folder, names, counts, keys, _blocks_of(shards, 0), twice)
 
     def locate(self, token_ids: npt.NDArray[np.integer]) -> tuple[Shard, int, int] | None:
@@ -134,13 +172,14 @@ class Catalog:
         Raises:
             CorruptStoreError, ValueError: as for `get`.
         """
-        number = self.number_of(document_key(token_ids))
+        view = self._view
+        number = self._number_of(view, document_key(token_ids))
         if number is not None:
-            return *self.place(number), len(token_ids) - 1
+            return *self._place(view, number), len(token_ids) - 1
         for end in reversed(block_ends(len(token_ids))):
             best, most = None, 0
-            for number in find(self.block_tables(), key_hash(document_key(token_ids[:end]))):
-                shard, document = self.place(number)
+            for number in find(self._block_tables(view), key_hash(document_key(token_ids[:end]))):
+                shard, document = self._place(view, number)
                 common = common_length(shard.token_ids(document), token_ids)
                 if common > most:
                     best, most = (shard, document, common - 1), common
@@ -165,17 +204,23 @@ class Catalog:
 
     def place(self, number: int) -> tuple[Shard, int]:
         """The shard of a document, by its number among all, and its number there."""
-        at = bisect_right(self._starts, number) - 1
-        shard = self.shard(self.names[at]) if at < len(self.names) else None
-        if shard is None or number - self._starts[at] >= shard.entry.documents:
-            assert self.index is not None, "a table of shards names their own documents"
-            raise self.index.damaged("keys", "names a document that no shard holds")
-        return shard, number - self._starts[at]
+        return self._place(self._view, number)
+
+    def _place(self, view: _View, number: int) -> tuple[Shard, int]:
+        at = bisect_right(view.starts, number) - 1
+        shard = self.shard(view.names[at]) if at < len(view.names) else None
+        if shard is None or number - view.starts[at] >= shard.entry.documents:
+            assert view.index is not None, "a table of shards names their own documents"
+            raise view.index.damaged("keys", "names a document that no shard holds")
+        return shard, number - view.starts[at]
 
     def number_of(self, key: bytes) -> int | None:
         """The number of the document with this key."""
-        for number in find(self._key_tables(), key_hash(key)):
-            shard, document = self.place(number)
+        return self._number_of(self._view, key)
+
+    def _number_of(self, view: _View, key: bytes) -> int | None:
+        for number in find(view.key_tables, key_hash(key)):
+            shard, document = self._place(view, number)
             if shard.keys[document].tobytes() == key:
                 return number
         return None
@@ -188,7 +233,7 @@ class Catalog:
         """
         if not 0 <= number < len(self):
             raise IndexError(number)
-        for twice in self._twice:
+        for twice in self._view.twice:
             if twice > number:
                 break
             number += 1
@@ -196,40 +241,38 @@ class Catalog:
 
     def visible(self, number: int) -> int:
         """The reverse of `unhidden`."""
-        return number - bisect_left(self._twice, number)
+        return number - bisect_left(self._view.twice, number)
 
     def numbers(self) -> dict[str, npt.NDArray[np.int64]]:
         """For each shard the numbers of its documents among the different ones; -1 where an earlier one is the same."""
-        every = np.arange(self._starts[-1])
-        numbers = every - np.searchsorted(np.array(self._twice, np.int64), every)
-        numbers[self._twice] = -1
-        return dict(zip(self.names, np.split(numbers, self._starts[1:-1]), strict=True)) if self.names else {}
+        view = self._view
+        every = np.arange(view.starts[-1])
+        numbers = every - np.searchsorted(np.array(view.twice, np.int64), every)
+        numbers[view.twice] = -1
+        return dict(zip(view.names, np.split(numbers, view.starts[1:-1]), strict=True)) if view.names else {}
 
-    def _key_tables(self) -> list[Table]:
-        """Hashes of whole documents."""
-        return [*([self.index.keys] if self.index else []), self._fresh_keys]
-
-    def block_tables(self) -> list[Table]:
+    def _block_tables(self, view: _View) -> list[Table]:
         """Hashes of how documents begin."""
-        if self._fresh_blocks is None:
-            fresh = self.names[len(self.index.shards) if self.index else 0 :]
-            first = self._starts[len(self.names) - len(fresh)]
-            self._fresh_blocks = _blocks_of([self.shard(name) for name in fresh], first)
-        return [*([self.index.blocks] if self.index else []), self._fresh_blocks]
+        of, blocks = self._fresh_blocks
+        if of is not view:
+            fresh = [self.shard(name) for name in view.names[view.indexed :]]
+            blocks = _blocks_of(fresh, view.starts[view.indexed])
+            self._fresh_blocks = view, blocks
+        return [*([view.index.blocks] if view.index else []), blocks]
 
-    def _held_twice(self, first: int) -> list[int]:
+    def _held_twice(self, view: _View, first: int) -> list[int]:
         """Documents from number `first` on that are held by an earlier shard, or earlier in their own, too."""
-        fresh = self._fresh_keys
-        suspects = _same_hash([fresh])
-        for earlier in self._key_tables()[:-1] if len(fresh.hashes) else ():
+        fresh = view.fresh_keys
+        suspects = _same_hash(fresh)
+        for earlier in view.key_tables[:-1] if len(fresh.hashes) else ():
             at = np.searchsorted(earlier.hashes, fresh.hashes)
             inside = at < len(earlier.hashes)
             same = earlier.hashes[at[inside]] == fresh.hashes[inside]
             suspects += fresh.documents[inside][same].tolist()
         found = []
         for number in sorted(set(suspects)):
-            shard, document = self.place(number)
-            if self.number_of(shard.keys[document].tobytes()) != number:
+            shard, document = self._place(view, number)
+            if self._number_of(view, shard.keys[document].tobytes()) != number:
                 found.append(number)
         return [number for number in found if number >= first]
 
@@ -262,6 +305,6 @@ def _blocks_of(shards: Sequence[Shard], first: int) -> Table:
     )
 
 
-def _same_hash(tables: list[Table]) -> list[int]:
+def _same_hash(table: Table) -> list[int]:
     """Documents of a table that have the hash of the one before."""
-    return [n for t in tables for n in t.documents[1:][t.hashes[1:] == t.hashes[:-1]].tolist()]
+    return [int(number) for number in table.documents[1:][table.hashes[1:] == table.hashes[:-1]]]

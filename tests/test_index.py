@@ -6,11 +6,13 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from logitstore import catalog
 from logitstore.contract import Store
 from logitstore.durable import publish
 from logitstore.entries import shard_name
@@ -114,7 +116,7 @@ def test_answers_are_right_with_an_index_a_stale_one_and_none(store: ZarrStore) 
 
 
 def test_a_beginning_is_found_through_both_tables(store: ZarrStore) -> None:
-    assert len(store.catalog.block_tables()) == 2 and store.catalog.index is not None
+    assert store.catalog.index is not None and len(store.catalog.index.shards) < store.shard_count
     indexed, fresh = tokens(102, 300), tokens(400, 130)
     assert store.answered(indexed[:290]) == 289 and store.answered(fresh[:129]) == 128
     longest = np.append(beginning_alike(1, 130, 140).token_ids, 3)  # the index knows one that agrees for 40, not 140
@@ -129,7 +131,7 @@ def test_documents_are_counted_and_numbered_once_with_an_index_and_without(store
         return {found.token_ids(n).tobytes() for n in range(len(found))}
 
     expected = {document.token_ids.tobytes() for shard in stored() for document in shard}
-    assert len(expected) == 10 and store.catalog._counts[:, 0].sum() == 13
+    assert len(expected) == 10 and store.catalog._view.counts[:, 0].sum() == 13
     for found in (store, open_store(store.folder), without_index(store)):
         assert distinct(found) == expected
     store.save_index()
@@ -260,6 +262,34 @@ def test_an_open_reader_goes_on_while_the_index_is_replaced(store: ZarrStore) ->
     reader.refresh()
     assert_right(reader, [*stored(), more])
     assert reader.answered(more[0].token_ids[:300]) == 299
+
+
+def test_a_look_at_a_damaged_shard_fails_each_time_and_leaves_what_was_known(store: ZarrStore) -> None:
+    reader, before = open_store(store.folder), store.shard_names
+    for seed in range(10, 14):  # names before and after those that are there
+        store.write_documents(records([9, 4], seed=seed))
+    for name in set(store.shard_names) - set(before):
+        (store.folder / "shards" / name / "documents" / "c" / "0" / "0").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(CorruptStoreError):
+            reader.refresh()
+        assert_right(reader)
+
+
+def test_what_is_known_is_found_while_another_thread_sees_new_shards(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, keys = list[bool](), [document.key for documents in stored() for document in documents]
+    hash_keys = catalog._keys_of
+
+    def meanwhile(*arguments: Any) -> Table:
+        found.extend(key in store for key in keys)
+        return hash_keys(*arguments)
+
+    monkeypatch.setattr(catalog, "_keys_of", meanwhile)
+    for seed in range(10, 14):
+        store.write_documents(records([9, 4], seed=seed))
+    assert len(found) == 4 * len(keys) and all(found)
 
 
 @pytest.mark.parametrize("moment", range(4))
