@@ -111,7 +111,7 @@ class ShardWriter:
         if documents:
             self.store.write_documents(documents, self.name)
         for key in keys:
-            del self.pending[key]
+            self.pending.pop(key, None)  # one that came again while its shard was being written is in that
         if self.pending:
             return  # the journal still holds them; what is in a shard by now is passed over when it is read again
         try:

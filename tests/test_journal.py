@@ -97,6 +97,15 @@ def test_what_a_commit_left_pending_stays_in_the_journal(store: ZarrStore) -> No
     assert [d.key for d in recovered(store)] == KEYS[0] + KEYS[2]
 
 
+def test_a_document_that_came_again_while_its_shard_was_written_is_stored_once(store: ZarrStore) -> None:
+    with ShardWriter(store, "build") as writer:
+        writer.append(BATCHES[0])
+        writer.commit(KEYS[0])
+        writer.append(BATCHES[1])
+        writer.commit(KEYS[0] + KEYS[1])  # a build reads the next documents meanwhile, and finds these still pending
+    assert (store.shard_count, len(store), store.positions) == (2, 3, 10)
+
+
 def test_a_kill_between_the_shard_and_the_end_of_the_journal_loses_and_repeats_nothing(store: ZarrStore) -> None:
     path, _ = journal_of(store)
     left = path.read_bytes()
