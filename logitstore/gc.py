@@ -20,6 +20,7 @@ from logitstore.errors import ConfigError
 from logitstore.incoming import FOLDER as INCOMING
 from logitstore.incoming import LOCK, age_s
 from logitstore.journal import journals, open_locked, payloads, unpack_documents
+from logitstore.sealed import file_problems
 from logitstore.store import open_store
 from logitstore.stored_index import FOLDER
 from logitstore.target_store import unzipped
@@ -69,7 +70,10 @@ def gc(path: Path, *, dry_run: bool = False) -> GcReport:
 
     def take(found: Path, why: str, lock: Path | None = None, keep: Callable[[], str] = lambda: "") -> None:
         """Remove something, unless its owner lives, or `keep` gives a reason to leave it."""
-        size_bytes = _size(found)
+        try:
+            size_bytes = _size(found)
+        except FileNotFoundError:
+            return  # its owner has finished meanwhile
         with _held(lock, dry_run=dry_run) as mine:
             kept = keep() if mine else "a running writer holds it"
             if not kept and not dry_run:
@@ -106,34 +110,49 @@ def _folder(store: ZarrStore, folder: Path, take: Take) -> None:
         moving = lambda: "" if age_s(incoming) > SETTLED_S else "a store is being moved here"  # noqa: E731
         take(incoming, "parts that a stopped pull or upload has left", incoming / LOCK, moving)
     for left in sorted((folder / "fidelity").glob(".partial-*")):
-        if time.time() - left.stat().st_mtime > SETTLED_S:
-            take(left, "a measurement that a killed writer had not finished")
+        with suppress(FileNotFoundError):  # it is finished by now
+            if time.time() - left.stat().st_mtime > SETTLED_S:
+                take(left, "a measurement that a killed writer had not finished")
 
 
 def _repeated(store: ZarrStore, folder: Path, take: Take, *, dry_run: bool) -> None:
     """Shards that hold nothing that an earlier one does not hold: no reader, not even one that runs, looks into them.
 
-    The index names them, so it goes first and is written again last: in between the store is read shard by shard.
+    The index names them, so it goes first and is written again last: in between the store is read shard by shard, in
+    another order, so that only one process at a time may tell which of two shards is the earlier.
     """
-    repeated = [name for name in store.shard_names if _is_repeated(store, name)]
-    if repeated and not dry_run:
-        remove_index(folder)
-    for name in repeated:
-        take(folder / "shards" / name, "all of its documents are in other shards too")
-    if repeated and not dry_run:
-        store = ZarrStore(store.files, folder)
-        store.save_index()
+    with alone_in(folder / "shards"):
+        store.refresh()
+        holders = {name: _holders(store, name) for name in store.shard_names}
+        damaged = {name for name in set().union(*holders.values()) if _is_damaged(store, name)}
+        goes = [name for name, others in holders.items() if others and not others & damaged]
+        if goes and not dry_run:
+            remove_index(folder)
+        for name in (name for name, others in holders.items() if others):
+            why = "" if name in goes else f"what else holds its documents is damaged; type `verify --repair {folder}`"
+            take(folder / "shards" / name, "all of its documents are in other shards too", keep=partial(str, why))
+        if goes and not dry_run:
+            store = ZarrStore(store.files, folder)
+            store.save_index()
 
 
-def _is_repeated(store: ZarrStore, name: str) -> bool:
+def _holders(store: ZarrStore, name: str) -> set[str]:
+    """The earlier shards that hold a shard's documents; none where it has one of its own."""
     shard, catalog = store.shard(name), store.catalog
+    holders = set()
     for document, key in enumerate(shard.keys):
         number = catalog.number_of(key.tobytes())
         assert number is not None, "the catalog numbers every document of its shards"
         first, place = catalog.place(number)
         if first.name == name and place <= document:
-            return False
-    return True
+            return set()
+        holders.add(first.name)
+    return holders
+
+
+def _is_damaged(store: ZarrStore, name: str) -> bool:
+    shard = store.shard(name)
+    return any(file_problems(store.files, shard.where, shard.entry.files))
 
 
 def _beside(path: Path, take: Take) -> None:

@@ -5,14 +5,16 @@ import shutil
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from logitstore.entries import shard_name
-from logitstore.gc import gc
+from logitstore.gc import gc, remove_index
 from logitstore.journal import ShardWriter
 from logitstore.merge import convert
 from logitstore.recipe import DocumentRecord
+from logitstore.repair import repair
 from logitstore.store import open_store
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
@@ -124,6 +126,47 @@ def test_shards_that_repeat_others_go_and_the_index_is_written_again(store: Zarr
     assert open_store(store.folder).shard_count == shards and held(store.folder) == found
     assert verify(store.folder, quiet=True).problems == []
     assert set(contents(store.folder)) == set(contents(tmp_path / "t.zarr"))
+
+
+def repeated(store: ZarrStore, shard: int) -> str:
+    """Write the documents of an indexed shard again, as one whose name comes before it; which shard is now first."""
+    name = store.shard_names[shard]
+    documents = [store.shard(name).document(number) for number in range(3)]
+    store.write_documents(next(p for p in permutations(documents) if (name_of(p) < name)))
+    return name
+
+
+def test_a_shard_that_repeats_a_damaged_one_stays(store: ZarrStore) -> None:
+    damaged = store.folder / "shards" / repeated(store, 1) / "entries-0" / "c" / "0" / "0"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    report = gc(store.folder)
+    assert report.removed == [] and "verify --repair" in report.kept[0].why
+    repair(store.folder, quiet=True)
+    assert len(open_store(store.folder)) == 6 and verify(store.folder, quiet=True).problems == []
+
+
+def test_two_at_a_time_leave_one_of_two_shards_that_say_the_same(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated(store, 1)
+    found, remove = held(store.folder), remove_index
+    other = Thread(target=gc, args=(store.folder,))
+
+    def meanwhile(folder: Path) -> None:
+        remove(folder)
+        if other.ident is None:
+            other.start()
+            other.join(1)  # without an index it numbers the shards in another order
+
+    monkeypatch.setattr("logitstore.gc.remove_index", meanwhile)
+    gc(store.folder)
+    other.join()
+    assert held(store.folder) == found and verify(store.folder, quiet=True).problems == []
+
+
+def test_what_its_writer_removes_meanwhile_is_passed_over(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitstore.gc.journals", lambda folder: [folder / ".journal-finished"])
+    assert gc(store.folder).removed == [] and not (store.folder / ".journal-finished").exists()
 
 
 def test_strays_and_quarantined_shards_are_not_its_business(store: ZarrStore) -> None:
