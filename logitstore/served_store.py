@@ -264,8 +264,8 @@ class ServedStore:
         if not records:
             return
         for last in (False, True):
-            if self._taught is None or not self._path.exists():  # another process may have trimmed it
-                self._taught = create_store(self._path, self.manifest, self.vocabulary)
+            # each time: another process may have trimmed it, and a third have begun it again
+            self._taught = create_store(self._path, self.manifest, self.vocabulary)
             try:
                 with self._taught.writer(f"run-{uuid4().hex}") as writer:
                     writer.append([record for record in records if record.key not in writer])

@@ -19,6 +19,7 @@ from logitstore.overlay import TAUGHT, folder_of, remove
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.served_store import ServedStore, open_served
 from logitstore.service.tokens import new_token, read_grants, revoke_token
+from logitstore.store import create_store, open_store
 from logitstore.zarr_store import ZarrStore
 from tests.faulty_proxy import Fault, Proxy, proxied, status
 from tests.served import serving
@@ -392,3 +393,13 @@ def test_a_trimmed_overlay_is_filled_again(store: ZarrStore, tmp_path: Path) -> 
         assert near.get(tokens(900, 20)) is not None  # its file is open
         assert all(answers(near, store, range(9)))
         assert near.taught([tokens(901, 20)])[0] is not None
+
+
+def test_what_is_taught_goes_into_the_file_that_is_there(store: ZarrStore, tmp_path: Path) -> None:
+    with taught(store) as (_, url, _), opened(url, tmp_path / "o") as near:
+        near.taught([tokens(900, 20)])
+        path = folder_of(tmp_path / "o", url) / TAUGHT
+        assert remove(path)  # by another process, and a third is taught something
+        create_store(path, near.manifest, near.vocabulary)
+        near.taught([tokens(901, 20)])
+        assert open_store(path).get(tokens(901, 20)) is not None
