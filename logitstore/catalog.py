@@ -233,11 +233,8 @@ class Catalog:
         """
         if not 0 <= number < len(self):
             raise IndexError(number)
-        for twice in self._view.twice:
-            if twice > number:
-                break
-            number += 1
-        return number
+        twice = self._view.twice
+        return number + bisect_right(range(len(twice)), number, key=lambda i: twice[i] - i)
 
     def visible(self, number: int) -> int:
         """The reverse of `unhidden`."""

@@ -61,7 +61,10 @@ class StoredIndex:
         documents = int(self.counts[:, 0].sum())
         if (self.counts < 1).any() or len(self._mapped["keys"]) != (8 * documents + CRC.size if documents else 0):
             raise self.damaged("counts", "they are not those of its keys")
-        if not (isinstance(self.duplicates, list) and all(n in range(documents) for n in self.duplicates)):
+        twice = self.duplicates
+        if not (isinstance(twice, list) and all(type(n) is int and 0 <= n < documents for n in twice)):
+            raise self.damaged(GROUP, "says what no logitstore writes")
+        if len(set(twice)) != len(twice):
             raise self.damaged(GROUP, "says what no logitstore writes")
 
     @cached_property

@@ -199,7 +199,7 @@ def reseal(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     "changes",
     [{"shards": 2}, {"shards": -1}, {"shards": "3"}, {"shards": 10**15}, {"files": {}}, {"files": 3}]
-    + [{"duplicates": value} for value in (3, [99], ["a"], [-1], None)],
+    + [{"duplicates": value} for value in (3, [99], ["a"], [-1], [1.0], [1, 1], None)],
 )
 def test_a_sealed_index_that_makes_no_sense_is_refused_with_what_to_do(
     store: ZarrStore, changes: dict[str, object]
