@@ -85,8 +85,8 @@ def _dump(attributes: dict[str, Any]) -> bytes:
 def file_entries(folder: Path) -> FileEntries:
     """Size and digest of every file below a folder, but for the folder's own `zarr.json` that will hold them."""
     files = LocalFiles(folder)
-    contents = {name: files.read(name) for name in files.names() if name != GROUP}
-    return {name: {"bytes": len(data), "digest": file_digest(data)} for name, data in contents.items()}
+    sizes = {name: files.size(name) for name in files.names() if name != GROUP}
+    return {name: {"bytes": size, "digest": _digest_of(files, name, size)} for name, size in sizes.items()}
 
 
 def are_file_entries(value: Any) -> TypeGuard[FileEntries]:

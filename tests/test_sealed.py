@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from logitstore.files import LocalFiles
 from logitstore.sealed import (
     GROUP,
     MOST_JSON_BYTES,
+    PIECE,
     are_file_entries,
     file_entries,
     file_problems,
@@ -60,6 +62,15 @@ def test_files_are_named_with_size_and_digest_but_for_hidden_ones_and_the_group_
     entries = file_entries(tmp_path)
     assert set(entries) == {"a/c", "a/zarr.json"} and set(LocalFiles(tmp_path).names()) == {"zarr.json", *entries}
     assert entries["a/c"] == {"bytes": 3, "digest": "cf4ab791c62b8d2b2109c90275287816"}  # b2sum -l 128
+
+
+def test_files_are_named_a_piece_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(8 * PIECE))
+    tracemalloc.start()
+    file_entries(tmp_path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 * PIECE
 
 
 def test_a_file_that_changed_grew_or_is_gone_is_named(tmp_path: Path) -> None:
