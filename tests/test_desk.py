@@ -292,7 +292,7 @@ def test_answers_about_a_store_that_was_replaced_never_reach_the_one_in_its_plac
         monkeypatch.setattr(module, "IDLE_S", 0.05)
         (error,) = of(asked(desk, served, documents(1, 6000)))
         assert isinstance(error, CannotKeepError)
-        until(lambda: served not in desk._writers)
+        until(lambda: served not in desk._keeping._writers)
     store = open_store(served.path)
     assert len(store) == 2 and store.manifest == manifest("top-k:4")
 
@@ -383,7 +383,7 @@ def test_the_index_is_not_written_again_for_every_shard(served: Served, monkeypa
     with working(Guessing()) as desk:
         for number in range(40):
             of(asked(desk, served, documents(1, 6000 + number)))
-            until(lambda: not desk._writers[served].pending)
+            until(lambda: not desk._keeping._writers[served].pending)
     store = open_store(served.path)
     assert isinstance(store, ZarrStore) and store.catalog.index is not None
     assert len(store.catalog.index.shards) == 42 and len(written) < 33

@@ -16,24 +16,20 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.durable import alone_in
 from logitstore.errors import (
     ConfigError,
     CorruptStoreError,
     LogitstoreError,
     StoreError,
-    StoreNotFoundError,
-    StoreWriteError,
     first_line,
 )
-from logitstore.files import LocalFiles
 from logitstore.journal import ShardWriter
 from logitstore.key import document_key
 from logitstore.manifest import Manifest
 from logitstore.plan import shard_positions
 from logitstore.recipe import DocumentRecord, Recipe
+from logitstore.service.keeping import Keeping, require_there
 from logitstore.service.shelf import Served
-from logitstore.zarr_store import ZarrStore
 
 TokenIds = npt.NDArray[np.int32]
 BATCH_TOKENS = 2048
@@ -41,10 +37,6 @@ BATCH_TOKENS = 2048
 IDLE_S = 30.0
 """What was taught becomes a shard when nobody has asked for so long, or there is enough of it: between the steps of a
 training run that asks for a few documents at a time, no shard of a few documents each is made."""
-INDEX_SHARE = 16
-"""The index is written again when one in so many shards is not in it: that reads the documents of all."""
-WRITERS = 16
-"""So many services at once may keep answers in one store."""
 RATE_WEIGHT = 0.3
 """Of the newest batch in the mean speed by which waiting times are told."""
 
@@ -119,7 +111,7 @@ class Desk:
         self._working: dict[_Name, _Asked] = {}
         self._identity: Manifest | None = None
         self._vocab_size = 0
-        self._writers: dict[Served, ShardWriter] = {}
+        self._keeping = Keeping(say)
         self._misfits: dict[Served, str] = {}
         self._tokens = 0
         self._per_s = 100.0
@@ -154,8 +146,7 @@ class Desk:
 
     def kept(self, served: Served, key: bytes) -> DocumentRecord | None:
         """An answer that is on disk and not yet in a shard."""
-        writer = self._writers.get(served)
-        return None if writer is None else writer.pending.get(key)
+        return self._keeping.pending(served, key)
 
     def ask(self, served: Served, documents: Sequence[tuple[bytes, TokenIds]]) -> "list[Future[DocumentRecord]]":
         """Have documents computed; whoever asks for one that waits already waits for the same answer.
@@ -221,12 +212,11 @@ class Desk:
                 if batch:
                     self._answer(teacher, batch)
                 else:
-                    self._commit()
-            self._commit()
+                    self._keeping.commit()
+            self._keeping.commit()
         finally:
             self._lose(STOPPED)
-            for served in list(self._writers):
-                self._close(served)
+            self._keeping.close()
 
     def _next(self) -> list[_Asked] | None:
         """The next batch, once there is one; an empty one after a while without, None at the end."""
@@ -250,11 +240,13 @@ class Desk:
         """Answer a batch: from the store where it knows by now, else by the teacher, and keep that."""
         served, started = batch[0].served, time.monotonic()
         try:
-            writer = self._writer(teacher, served)
+            require_there(served)
+            self._require_fit(teacher, served)
+            writer = self._keeping.writer(served)
             left = [asked for asked in batch if not self._known(writer, asked, fresh=asked is batch[0])]
             found = self._records(teacher, left, served.store.manifest.recipe)
             writer.append([record for _, record in found])
-            _require_there(served)
+            require_there(served)
             self.taught += len(found)
             for asked, record in found:
                 self._finish(asked, record)
@@ -263,7 +255,7 @@ class Desk:
                 speed = tokens / max(time.monotonic() - started, 1e-6)
                 self._per_s += RATE_WEIGHT * (speed - self._per_s)
             if sum(len(r.records) for r in writer.pending.values()) >= shard_positions(served.store.manifest.recipe):
-                self._commit()
+                self._keeping.commit()
         except StoreError as error:
             self._say(f"{served.name}: {error}")
             for asked in batch:
@@ -316,25 +308,6 @@ class Desk:
         else:
             asked.answer.set_exception(result)
 
-    def _writer(self, teacher: Answering, served: Served) -> ShardWriter:
-        """The writer that keeps answers in a store, and takes over what a killed service had kept."""
-        _require_there(served)
-        if served in self._writers:
-            return self._writers[served]
-        self._require_fit(teacher, served)
-        own = ZarrStore(LocalFiles(served.path), served.path)
-        own.manifest.require_compatible(served.store.manifest, served.path)
-        for number in range(WRITERS):
-            try:
-                writer = ShardWriter(own, f"service-{number}")
-            except StoreWriteError:
-                if number == WRITERS - 1:
-                    raise
-                continue  # another service on this store
-            self._writers[served] = writer
-            return writer
-        raise AssertionError("the last one is returned or raises")
-
     def _require_fit(self, teacher: Answering, served: Served) -> None:
         """Raise CannotTeachError where a store was built by another teacher."""
         if self._identity is None:
@@ -356,35 +329,6 @@ class Desk:
                 self._misfits[served] = str(error)
         return self._misfits.get(served, "")
 
-    def _commit(self) -> None:
-        """Make shards of what is kept, and an index of them."""
-        for served, writer in list(self._writers.items()):
-            if not served.is_there():  # what lies in its place may be another's
-                self._say(f"{served.name}: the store is gone, and what was taught since its last shard with it")
-                self._close(served)
-                continue
-            if not writer.pending:
-                continue
-            try:
-                with alone_in(served.path):  # so that two services do not write the same documents
-                    writer.commit(list(writer.pending))
-                index, shards = writer.store.catalog.index, writer.store.shard_count
-                if INDEX_SHARE * (shards - (len(index.shards) if index else 0)) >= shards:
-                    writer.store.save_index()
-            except (StoreError, OSError) as error:
-                self._say(f"{served.name}: {error}")
-                if isinstance(error, CorruptStoreError):  # seen through files that were open before it was mended
-                    self._close(served)
-
-    def _close(self, served: Served) -> None:
-        """Let go of a store; what it has been taught and is in no shard stays in its journal."""
-        writer = self._writers.pop(served, None)
-        if writer is not None:
-            try:
-                writer.__exit__(None if served.is_there() else StoreError, None, None)
-            except StoreError as error:
-                self._say(f"{served.name}: {error}")
-
     def _lose(self, why: LogitstoreError) -> None:
         """Refuse all that waits."""
         with self._changed:
@@ -396,9 +340,3 @@ class Desk:
         self._say(str(why))
         for _, asked in left:
             self._finish(asked, why)
-
-
-def _require_there(served: Served) -> None:
-    """Raise StoreNotFoundError where a store was deleted or replaced: what is written now goes nowhere."""
-    if not served.is_there():
-        raise StoreNotFoundError(f"{served.name} is gone; open the store again")

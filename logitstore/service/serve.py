@@ -18,7 +18,8 @@ from logitstore.journal import commit_leftovers
 from logitstore.service.access import Access
 from logitstore.service.app import create_app
 from logitstore.service.connections import UVICORN
-from logitstore.service.desk import WRITERS, Answering, Desk
+from logitstore.service.desk import Answering, Desk
+from logitstore.service.keeping import WRITERS
 from logitstore.service.shelf import Served, Shelf
 from logitstore.service.tokens import TokenFile
 from logitstore.zarr_store import ZarrStore
