@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from logitstore.errors import ConfigError, CorruptStoreError, LogitstoreError, StoreFormatError, first_line
-from logitstore.files import Files
+from logitstore.files import Files, require_damage
 from logitstore.manifest import Manifest
 from logitstore.sealed import GROUP, FileEntries, are_file_entries, read_group, unseal_group
 from logitstore.vocabulary import Vocabulary
@@ -121,6 +121,7 @@ def read_entry(files: Files, folder: str) -> ShardEntry:
     try:
         data = read_group(files, folder)
     except OSError as error:
+        require_damage(error, path)
         raise damaged(path, f"cannot be read ({error.strerror or error})") from error
     return entry_of(data, path)
 

@@ -15,7 +15,7 @@
         ├── StoreFormatError      a store of a newer format, or not a store at all
         ├── CorruptStoreError     bytes that differ from those that were written
         ├── IncompatibleStoreError  built by another teacher, tokenizer or selection
-        ├── StoreLostError        a store behind a URL that answers no more
+        ├── StoreLostError        a store that cannot be read now: no answer, no permission
         └── StoreWriteError       full disk, no permission, another writer
 
 A message says what was found, what was expected and what to type next. The commands print it on one line and exit with
@@ -88,7 +88,7 @@ class IncompatibleStoreError(StoreError):
 
 
 class StoreLostError(StoreError):
-    """A store behind a URL answers no more."""
+    """A store cannot be read now: its place answers no more, or the machine gives no access."""
 
 
 class StoreWriteError(StoreError):

@@ -4,6 +4,7 @@ The one seam between a store in Zarr and the place that holds it. Missing files 
 goes wrong is an `OSError`, as for a folder.
 """
 
+import errno
 import os
 import struct
 import threading
@@ -16,6 +17,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.errors import StoreLostError
+
 OPEN_FILES = 64
 WRITE_ONCE = "shards/"
 """Files below this are never replaced, so a handle may stay open."""
@@ -24,6 +27,26 @@ _LOCAL_HEADER, _LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\3\4"
 
 class CannotList(OSError):
     """What plain HTTP answers to `names` and `folders`: it gives files by name, and lists nothing."""
+
+
+class CannotReach(OSError):
+    """What a place answers that does not give a file now, whatever is in it."""
+
+
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT}
+
+
+def require_damage(error: Exception, path: object) -> None:
+    """Check that what went wrong when something was read may lie in its bytes, and not in the way to them.
+
+    Raises:
+        StoreLostError: no permission, too many open files, a network or a server that fails.
+    """
+    if isinstance(error, CannotReach) or (isinstance(error, OSError) and error.errno in _PASSING):
+        raise StoreLostError(
+            f"{path} cannot be read now ({error.strerror or error}), which is no damage; mend this and type the same "
+            "command again"
+        ) from error
 
 
 class Files(Protocol):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from logitstore.errors import StoreFormatError, first_line
 from logitstore.file_cache import FileCache
-from logitstore.files import CannotList
+from logitstore.files import CannotList, CannotReach
 from logitstore.sealed import GROUP, MOST_JSON_BYTES, pieces_digest
 
 TIMEOUT_S = 30
@@ -195,7 +195,7 @@ class RemoteFiles:
         except self._obstore.exceptions.NotSupportedError as error:
             raise _NoRangesError(f"{self.url}/{name} is not given in parts") from error
         except Exception as error:  # obstore raises what the network and its servers give
-            raise OSError(f"{self.url}/{name} cannot be read ({first_line(error)})") from error
+            raise CannotReach(f"{self.url}/{name} cannot be read ({first_line(error)})") from error
 
 
 class _NoRangesError(OSError):

@@ -20,7 +20,7 @@ from logitstore.chunks import unpack
 from logitstore.contract import Store
 from logitstore.durable import alone_in, cannot_write, publish
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreError, StoreWriteError
-from logitstore.files import CannotList, Files
+from logitstore.files import CannotList, Files, require_damage
 from logitstore.manifest import TokenizerIdentity
 from logitstore.sealed import (
     DAMAGED,
@@ -236,6 +236,7 @@ class _Entry:
         except FileNotFoundError:
             return None
         except (OSError, TypeError, CorruptStoreError) as error:
+            require_damage(error, where)
             raise _damaged(where, GROUP) from error
         counts = ((entry.student_size, MOST_TOKENS), (entry.links, MOST_LINKS))
         texts = isinstance(entry.teacher, str) and isinstance(entry.student, str)
@@ -260,6 +261,7 @@ class _Entry:
         try:
             ids, lengths, links = (self._array(*named) for named in self._sizes(teacher_size).items())
         except (OSError, ValueError) as error:
+            require_damage(error, self.where)
             raise _damaged(self.where, str(error)) from error
         known = (ids < self.student_size) | (ids == _NO_TOKEN)
         whole = int(lengths.sum(dtype=np.uint64)) == self.links and bool((links < self.student_size).all())

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from logitstore.errors import CorruptStoreError
-from logitstore.files import Files, LocalFiles
+from logitstore.files import Files, LocalFiles, require_damage
 
 GROUP = "zarr.json"
 MOST_JSON_BYTES = 8 << 20
@@ -103,7 +103,11 @@ def are_file_entries(value: Any) -> TypeGuard[FileEntries]:
 
 
 def file_problems(files: Files, folder: str, entries: FileEntries) -> Iterator[Problem]:
-    """Hold files of a folder ("": the root) against their entries: size first, then every byte."""
+    """Hold files of a folder ("": the root) against their entries: size first, then every byte.
+
+    Raises:
+        StoreLostError: one cannot be read now.
+    """
     prefix = f"{folder}/" if folder else ""
     for name, entry in entries.items():
         try:
@@ -113,6 +117,7 @@ def file_problems(files: Files, folder: str, entries: FileEntries) -> Iterator[P
             elif _digest_of(files, prefix + name, size) != entry["digest"]:
                 yield Problem(name, DAMAGED)
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+            require_damage(error, prefix + name)
             yield Problem(name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
 
 

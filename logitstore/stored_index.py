@@ -17,7 +17,7 @@ import numpy.typing as npt
 from logitstore.chunks import CRC, unpack
 from logitstore.entries import damaged
 from logitstore.errors import CorruptStoreError
-from logitstore.files import Files
+from logitstore.files import Files, require_damage
 from logitstore.index import Table
 from logitstore.sealed import GROUP, are_file_entries, file_entries, file_problems, read_group, seal_group, unseal_group
 
@@ -53,6 +53,7 @@ class StoredIndex:
             names = unpack(files.read(f"{FOLDER}/shards/c/0/0"), shards * NAME_BYTES) if shards else b""
             counts = unpack(files.read(f"{FOLDER}/counts/c/0/0"), shards * 16) if shards else b""
         except (OSError, ValueError) as error:
+            require_damage(error, f"{where}/{FOLDER}")
             raise self.damaged("shards", f"cannot be read ({error})") from error
         self.shards = bytes(names).hex(" ", NAME_BYTES).split()
         self.counts = np.frombuffer(counts, "<u8").reshape(-1, 2).astype(np.int64)
@@ -62,9 +63,8 @@ class StoredIndex:
         if (self.counts < 1).any() or len(self._mapped["keys"]) != (8 * documents + CRC.size if documents else 0):
             raise self.damaged("counts", "they are not those of its keys")
         twice = self.duplicates
-        if not (isinstance(twice, list) and all(type(n) is int and 0 <= n < documents for n in twice)):
-            raise self.damaged(GROUP, "says what no logitstore writes")
-        if len(set(twice)) != len(twice):
+        numbers = isinstance(twice, list) and all(type(n) is int and 0 <= n < documents for n in twice)
+        if not numbers or len(set(twice)) != len(twice):
             raise self.damaged(GROUP, "says what no logitstore writes")
 
     @cached_property
@@ -118,6 +118,7 @@ class StoredIndex:
         try:
             mapped = self._files.mapped(f"{FOLDER}/{file}")
         except (OSError, ValueError) as error:  # ValueError: an empty file
+            require_damage(error, f"{self._where}/{FOLDER}/{file}")
             raise self.damaged(file, f"cannot be read ({error})") from error
         if len(mapped) != self.files[file]["bytes"] or len(mapped) < CRC.size:
             raise self.damaged(file, f"holds {len(mapped):,} bytes instead of {self.files[file]['bytes']:,}")
@@ -146,6 +147,7 @@ def read_index(files: Files, where: object) -> StoredIndex | None:
         except FileNotFoundError:
             return None
         except OSError as error:
+            require_damage(error, f"{where}/{FOLDER}")
             raise damaged(f"{where}/{FOLDER}", f"cannot be read ({error})") from error
         except CorruptStoreError:
             try:
@@ -177,6 +179,7 @@ def indexed_shards(files: Files, where: object) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        require_damage(error, path)
         raise damaged(path, f"cannot be read ({error})") from error
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from logitstore.entries import read_entry, read_root, shard_name
 from logitstore.errors import CorruptStoreError, StoreFormatError
-from logitstore.files import CannotList, Files
+from logitstore.files import CannotList, Files, require_damage
 from logitstore.index import block_counts, block_hashes
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord, Recipe
@@ -55,6 +55,7 @@ def verify(path: str | Path, *, quiet: bool = False) -> VerifyReport:
 
     Raises:
         StoreNotFoundError, StoreFormatError: there is nothing here to verify.
+        StoreLostError: something cannot be read now, which is no damage.
         ServiceError: a server refuses, or does not answer.
     """
     if not is_url(path) and is_lmdb_store(Path(path).expanduser()):
@@ -158,7 +159,8 @@ def _fidelity_problems(files: Files, name: str) -> Iterator[Problem]:
         unseal_group(read_group(files, "fidelity"), name)
     except FileNotFoundError:
         return
-    except (CorruptStoreError, OSError):
+    except (CorruptStoreError, OSError) as error:
+        require_damage(error, name)
         yield Problem(name, DAMAGED)
 
 

@@ -25,6 +25,7 @@ from logitstore.errors import (
     ServiceLostError,
     StoreError,
     StoreFormatError,
+    StoreLostError,
     StoreWriteError,
 )
 from logitstore.files import OPEN_FILES, CannotList, LocalFiles, ZipFiles
@@ -283,6 +284,17 @@ def test_damage_behind_http_is_noticed_and_a_lost_file_is_one_line(store: ZarrSt
             with pytest.raises(CorruptStoreError, match=message) as caught:
                 open_store(url).document(0)
             assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_gone_is_told_as_that_and_not_as_damage(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logitstore.remote_files.RETRIES", 0)
+    with served(partial(FolderHandler, directory=store.folder.parent, asked=[])) as url:
+        found = ZarrStore(RemoteFiles(url, listing=list(contents(store.folder))), url)
+    with pytest.raises(StoreLostError, match=r"cannot be read now .*, which is no damage") as caught:
+        found.document(0)
+    assert "\n" not in str(caught.value)
 
 
 class FailingHandler(FolderHandler):

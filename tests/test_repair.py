@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from errno import EMFILE
 from pathlib import Path
 
 import pytest
 
 from logitstore import plan
-from logitstore.errors import ConfigError, CorruptStoreError, IncompatibleStoreError
+from logitstore.errors import ConfigError, CorruptStoreError, IncompatibleStoreError, StoreLostError
+from logitstore.files import LocalFiles
 from logitstore.merge import convert
-from logitstore.repair import repair
+from logitstore.repair import put_shards_aside, repair
 from logitstore.sealed import GROUP
 from logitstore.store import open_store
 from logitstore.verify import verify
@@ -137,6 +140,30 @@ def test_a_shard_of_another_store_is_put_aside_and_not_asked_for(store: ZarrStor
     report = repair(store.folder, Stub(), quiet=True)
     assert len(report.quarantined) == 1 and report.recomputed == 0 and not report.misses
     assert good(store.folder)
+
+
+def test_what_cannot_be_read_now_is_no_damage(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read, store = contents(store.folder), LocalFiles.read, open_store(store.folder)
+    token_ids = store.token_ids(0)
+
+    def too_many(self: LocalFiles, name: str, *span: int) -> bytes:
+        if "/entries-0/c/" in name or name.startswith("fidelity"):
+            raise OSError(EMFILE, "Too many open files")
+        return read(self, name, *span)
+
+    monkeypatch.setattr(LocalFiles, "read", too_many)
+    looks: list[Callable[[], object]] = [
+        lambda: open_store(store.folder).get(token_ids),
+        lambda: repair(store.folder, quiet=True),
+        lambda: put_shards_aside(store.folder, token_ids),
+    ]
+    for look in looks:
+        with pytest.raises(StoreLostError, match=r"cannot be read now \(Too many open files\), which is no damage"):
+            look()
+    assert not list(store.folder.glob("shards/.quarantine-*"))
+    assert {name: data for name, data in before.items() if not name.startswith("index/")}.items() <= contents(
+        store.folder
+    ).items()
 
 
 def test_what_cannot_be_repaired_is_told_in_one_line_and_left_alone(store: ZarrStore, tmp_path: Path) -> None:
