@@ -20,6 +20,7 @@ import numpy as np
 
 from logitstore.durable import cannot_write
 from logitstore.errors import CorruptStoreError, first_line
+from logitstore.files import CannotReach, require_damage
 from logitstore.lmdb_pages import Nodes, PageError, Snapshot, read_metas
 from logitstore.lmdb_records import BLOCK, BUNDLE, COUNTS, KEY, PLACE, Counts, row_sum
 
@@ -29,6 +30,7 @@ LOCK_SUFFIX = "-lock"
 """LMDB's own, of the file beside the store that its readers and writers meet in."""
 
 _READERS = 510
+_PASSING = (lmdb.ReadersFullError, lmdb.TlsFullError, lmdb.LockError)
 _FIRST_MAP, _MOST_GROWTH = 64 << 20, 1 << 30
 _TRIES, _PAUSE_S = 50, 0.01
 _MOST_PAGE = 1 << 16
@@ -106,6 +108,7 @@ class LmdbFile:
 
         Raises:
             CorruptStoreError: the file has been cut short, or is not as LMDB writes it.
+            StoreLostError: it cannot be read now.
         """
         with self._lock, self._reading_errors():
             if self.size < self._seen_bytes:
@@ -192,7 +195,10 @@ class LmdbFile:
         try:
             yield
         except (lmdb.Error, lmdb.MemoryError) as error:
-            raise self._damaged(first_line(error)) from error
+            why = first_line(error)
+            passing = isinstance(error, _PASSING)
+            require_damage(CannotReach(why) if passing else OSError(getattr(error, "code", None), why), self.path)
+            raise self._damaged(why) from error
 
     def _damaged(self, fault: str) -> CorruptStoreError:
         return CorruptStoreError(

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from errno import EMFILE
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from logitstore import lmdb_file, lmdb_records
-from logitstore.errors import CorruptStoreError, StoreFormatError, StoreNotFoundError, StoreWriteError
+from logitstore.errors import CorruptStoreError, StoreFormatError, StoreLostError, StoreNotFoundError, StoreWriteError
 from logitstore.key import document_key
 from logitstore.lmdb_pages import Nodes, PageError, Snapshot, read_metas
 from logitstore.lmdb_records import NUMBER, PLACE, ROOT, Counts, Place, Record, encode
@@ -67,6 +68,22 @@ def test_what_is_no_store_is_refused_with_one_line(path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(CorruptStoreError, match=r"s\.lmdb cannot be read: .*; restore the file") as caught:
             open_store(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_told_to_be_damaged(
+    store: LmdbStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_many = lmdb_file.lmdb.Error("s.lmdb: Too many open files")
+    too_many.code = EMFILE
+    for fault in (too_many, lmdb_file.lmdb.ReadersFullError("mdb_txn_begin: MDB_READERS_FULL")):
+
+        def refused(*_: object, error: Exception = fault, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(lmdb_file.LmdbFile, "_begin", refused)
+        with pytest.raises(StoreLostError, match=r"cannot be read now .* no damage") as caught:
+            len(store)
         assert "\n" not in str(caught.value)
 
 
