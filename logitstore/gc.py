@@ -128,9 +128,10 @@ def _repeated(store: ZarrStore, folder: Path, take: Take, *, dry_run: bool) -> N
         goes = [name for name, others in holders.items() if others and not others & damaged]
         if goes and not dry_run:
             remove_index(folder)
+        mend = f"what else holds its documents is damaged; type `logitstore verify --repair {folder}`"
         for name in (name for name, others in holders.items() if others):
-            why = "" if name in goes else f"what else holds its documents is damaged; type `verify --repair {folder}`"
-            take(folder / "shards" / name, "all of its documents are in other shards too", keep=partial(str, why))
+            why_not = partial(str, "" if name in goes else mend)
+            take(folder / "shards" / name, "all of its documents are in other shards too", keep=why_not)
         if goes and not dry_run:
             store = ZarrStore(store.files, folder)
             store.save_index()

@@ -150,7 +150,7 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
     faults: dict[str, set[str]] = {}
     strays: list[str] = []
     maps: set[str] = set()
-    index = False
+    index = gone = False
     for problem in problems:
         match problem.file.split("/"):
             case ["shards", name, _, *_] if problem.fault == STRAY:
@@ -161,7 +161,7 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
                 report.mended.append(
                     f"{problem.file} is gone: its documents are misses, or their shard must be restored"
                 )
-                index = True
+                gone = True
             case [folder, *_] if folder == FOLDER and problem.fault != STRAY:
                 index = True
             case ["fidelity", *_] if problem.fault != STRAY:
@@ -174,7 +174,7 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
     for folder in sorted(maps):
         remove_map(path, folder)
         report.mended.append(f"{folder} was damaged and is removed; `logitstore vocab-map` computes it again")
-    if index or faults:
+    if index or gone or faults:
         remove_index(path)
     if index:
         report.mended.append("the index was damaged and is written again")

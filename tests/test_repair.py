@@ -106,7 +106,8 @@ def test_a_damaged_index_is_written_again_and_a_damaged_measurement_removed(stor
 def test_a_shard_that_is_gone_is_told_and_the_index_forgets_it(store: ZarrStore) -> None:
     shutil.rmtree(shard_folder(store, 0))
     assert not good(store.folder)
-    assert "is gone" in repair(store.folder, quiet=True).to_text()
+    (said,) = repair(store.folder, quiet=True).mended
+    assert "is gone: its documents are misses" in said
     assert good(store.folder)
 
 
