@@ -313,6 +313,7 @@ class Shard:
         for problem in file_problems(self._files, self.where, entries):
             raise damaged(f"{self.where}/{problem.file}", problem.fault)
         with suppress(CannotList):  # then a file that nobody names does no harm
-            if not folder and entries.keys() != set(self._files.names(self.where)) - {GROUP}:
+            # of what is named all was there a moment ago; what was removed since is missed, or fetched again, when read
+            if not folder and set(self._files.names(self.where)) - {GROUP, *entries}:
                 raise ValueError("its files are not those that the shard's entry names")
         self.checked = not folder

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, LogitstoreError, ServiceError, StoreWriteError
+from logitstore.files import LocalFiles
 from logitstore.http_files import HttpFiles
 from logitstore.info import info
 from logitstore.mirror import Mirror, together
-from logitstore.overlay import INDEX, STORE, folder_of
+from logitstore.overlay import INDEX, STORE, folder_of, remove
 from logitstore.sealed import GROUP, file_digest, seal_group
 from logitstore.service_client import ServiceClient
 from logitstore.stored_index import write_index
@@ -233,6 +234,20 @@ def test_a_shard_that_another_process_has_trimmed_is_fetched_again(served: tuple
         for number in range(len(near)):
             near.record(number)
             shutil.rmtree(mirror.folder / STORE / "shards" / near.shard_names[number // 3], ignore_errors=True)
+
+
+def test_a_shard_that_another_process_removes_while_it_is_checked_is_fetched_again(
+    served: tuple[Proxy, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with mirrored(served[1], tmp_path / "o") as (mirror, near):
+        gone = []
+
+        def trimmed(_: Mirror, folder: str) -> list[str]:
+            gone.append(remove(mirror.folder / STORE / folder))
+            return LocalFiles(mirror.folder / STORE).names(folder)
+
+        monkeypatch.setattr(Mirror, "names", trimmed)
+        assert len(near.record(0).records) and gone == [True]
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(
