@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from uuid import uuid4
 
@@ -43,6 +44,26 @@ def flush(handle: int) -> None:
     if full is not None:
         with suppress(OSError):  # a file system without that call; what can be flushed there is
             fcntl.fcntl(handle, full)
+
+
+def write_whole(handle: FileIO, data: bytes) -> None:
+    """Write all of some bytes to a file without a buffer, which takes less at a time where they are many.
+
+    Raises:
+        OSError: full disk.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[handle.write(rest) :]
+
+
+def read_whole(handle: FileIO, size: int) -> bytes:
+    """The next bytes of a file without a buffer, which gives at most 2 GiB at a time; fewer where it ends before."""
+    pieces: list[bytes] = []
+    while size and (piece := handle.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from logitstore.durable import cannot_write
+from logitstore.durable import cannot_write, write_whole
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError, CorruptStoreError, StoreWriteError
 from logitstore.files import LocalFiles
-from logitstore.incoming import SPARE_BYTES, Incoming, WrongOffsetError, write_all
+from logitstore.incoming import SPARE_BYTES, Incoming, WrongOffsetError
 from logitstore.moved import Pieces, Source
 from logitstore.parts import Part, folder_of
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
@@ -101,7 +101,7 @@ class FolderDestination:
             self._incoming.begin(part)
             with self._incoming.appending(part, file, offset) as handle:
                 for piece in pieces(offset):
-                    write_all(handle, piece)
+                    write_whole(handle, piece)
         except CorruptStoreError:
             self._incoming.drop(part, file)
             raise

@@ -227,17 +227,6 @@ class Incoming:
         return self.folder / folder_of(name)
 
 
-def write_all(handle: FileIO, data: bytes) -> None:
-    """Write all of some bytes to a file without a buffer.
-
-    Raises:
-        OSError: full disk.
-    """
-    rest = memoryview(data)
-    while rest:
-        rest = rest[handle.write(rest) :]
-
-
 def age_s(folder: Path) -> float:
     """Seconds since a file below a folder was written, or the folder if it has none; 0 of one that is gone by now."""
     times = []

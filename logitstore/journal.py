@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 
 from logitstore.contract import Store
-from logitstore.durable import cannot_write, flush, sync
+from logitstore.durable import cannot_write, flush, read_whole, sync, write_whole
 from logitstore.errors import StoreWriteError
 from logitstore.recipe import DocumentRecord
 from logitstore.zarr_store import ZarrStore
@@ -88,9 +88,7 @@ class ShardWriter:
         frame = FRAME.pack(len(payload), blake2b(payload, digest_size=16).digest()) + payload
         whole = self._file.tell()
         try:
-            written = 0
-            while written < len(frame):
-                written += self._file.write(frame[written:])
+            write_whole(self._file, frame)
             flush(self._file.fileno())
         except BaseException as error:
             self._cut(whole)  # else the next frame would stand behind half a one, and never be read
@@ -155,7 +153,7 @@ def payloads(file: FileIO) -> Iterator[bytes]:
     size = os.fstat(file.fileno()).st_size
     while len(head := file.read(FRAME.size)) == FRAME.size:
         length, digest = FRAME.unpack(head)
-        payload = file.read(min(length, size))
+        payload = read_whole(file, min(length, size))
         if len(payload) != length or blake2b(payload, digest_size=16).digest() != digest:
             return
         yield payload

@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from logitstore.durable import sync
 from logitstore.errors import StoreWriteError
-from logitstore.journal import ShardWriter, commit_leftovers, journals
+from logitstore.journal import FRAME, ShardWriter, commit_leftovers, journals, payloads
 from logitstore.recipe import DocumentRecord
 from logitstore.store import open_store
 from logitstore.zarr_store import ZarrStore
@@ -60,6 +62,16 @@ def test_a_frame_cut_at_any_byte_is_dropped_whole_and_those_before_it_stay(store
         whole = sum(end <= size for end in ends)
         assert [d.key for d in recovered(store)] == flat(KEYS[:whole]), size
         assert not path.exists() if whole == 0 else path.stat().st_size == ends[whole - 1]
+
+
+def test_a_frame_larger_than_the_system_reads_at_a_time_is_read_whole(store: ZarrStore) -> None:
+    class Short(FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(min(size or 0, 100))
+
+    path, ends = journal_of(store)
+    with Short(path) as file:
+        assert [FRAME.size + len(payload) for payload in payloads(file)] == np.diff([0, *ends]).tolist()
 
 
 def test_a_flipped_byte_drops_its_frame_and_what_follows(store: ZarrStore) -> None:

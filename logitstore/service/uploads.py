@@ -12,10 +12,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from logitstore.durable import cannot_write
+from logitstore.durable import cannot_write, write_whole
 from logitstore.errors import ConfigError
 from logitstore.files import LocalFiles
-from logitstore.incoming import Incoming, WrongOffsetError, write_all
+from logitstore.incoming import Incoming, WrongOffsetError
 from logitstore.parts import Part, is_part_name
 from logitstore.sealed import GROUP, MOST_JSON_BYTES
 from logitstore.service.access import Access
@@ -162,11 +162,11 @@ async def _append(request: Request, upload: Upload, part: Part, file: str, offse
                         del held[size - at :]
                         raise too_long
                     if len(held) >= PIECE:
-                        await run_in_threadpool(write_all, handle, bytes(held))
+                        await run_in_threadpool(write_whole, handle, bytes(held))
                         at += len(held)
                         held.clear()
             finally:  # of a client that is gone, too: it goes on behind this
-                await run_in_threadpool(write_all, handle, bytes(held))
+                await run_in_threadpool(write_whole, handle, bytes(held))
                 at += len(held)
         except ClientDisconnect:
             raise HTTPException(400, "the client is gone") from None
