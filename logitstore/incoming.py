@@ -50,9 +50,8 @@ class Incoming:
             OSError: the place cannot be written.
         """
         fresh = not self.store.exists()
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / LOCK
-        with open_locked(lock):
+        with self._locked(lock):
             try:
                 yield
             finally:
@@ -61,6 +60,12 @@ class Incoming:
                 if fresh:
                     with suppress(OSError):
                         self.store.rmdir()  # nothing has come
+
+    def _locked(self, lock: Path) -> FileIO:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another has ended between the two, and removed the folder
+                return open_locked(lock)
 
     def group(self, name: str) -> bytes | None:
         """The `zarr.json` of a part that has been begun."""

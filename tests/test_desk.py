@@ -424,3 +424,16 @@ def test_a_disk_that_is_really_full_loses_nothing_that_was_told(small_disk: Path
     store = open_store(served.path)
     assert all(store.answer(document) is not None for document in [*told, refused[0]])
     assert not verify(served.path, quiet=True).problems
+
+
+def test_a_fault_while_a_shard_is_made_ends_no_teacher_and_loses_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.01)
+    with working(Guessing()) as desk:
+        with monkeypatch.context() as broken:
+            broken.setattr(ShardWriter, "commit", lambda *_: [][0])
+            of(asked(desk, served, documents(2)))
+            until(lambda: "s: list index out of range" in desk.said)  # type: ignore[attr-defined]
+        assert len(of(asked(desk, served, documents(3)))) == 3
+    assert len(open_store(served.path)) == len(small_store(served.path.with_name("t.zarr"))) + 3

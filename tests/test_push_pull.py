@@ -11,14 +11,17 @@ import sys
 import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
+from io import FileIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from distill_cli.logitstore import main
+from logitstore import incoming
 from logitstore.errors import ConfigError, CorruptStoreError, IncompatibleStoreError, LogitstoreError, StoreWriteError
 from logitstore.files import LocalFiles
 from logitstore.folder_destination import FolderDestination
@@ -365,3 +368,15 @@ def test_two_writers_share_a_plain_folder(tmp_path: Path) -> None:
     store.refresh()
     assert len(store) == 23 and verify(store.folder, quiet=True).problems == []
     assert verify(tmp_path / "t", quiet=True).problems == [] and verify(tmp_path / "t", quiet=True).documents == 23
+
+
+def test_a_pull_begins_where_another_has_just_ended(tmp_path: Path) -> None:
+    left, open_locked = [tmp_path / "s" / INCOMING], incoming.open_locked
+
+    def after_another(path: Path) -> FileIO:
+        if left:
+            left.pop().rmdir()
+        return open_locked(path)
+
+    with patch.object(incoming, "open_locked", after_another), Incoming(tmp_path / "s").alone():
+        assert not left

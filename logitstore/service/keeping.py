@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from logitstore.durable import alone_in
-from logitstore.errors import CorruptStoreError, StoreError, StoreNotFoundError, StoreWriteError
+from logitstore.errors import CorruptStoreError, StoreError, StoreNotFoundError, StoreWriteError, first_line
 from logitstore.files import LocalFiles
 from logitstore.journal import ShardWriter
 from logitstore.recipe import DocumentRecord
@@ -68,8 +68,8 @@ class Keeping:
                 index, shards = writer.store.catalog.index, writer.store.shard_count
                 if INDEX_SHARE * (shards - (len(index.shards) if index else 0)) >= shards:
                     writer.store.save_index()
-            except (StoreError, OSError) as error:
-                self._say(f"{served.name}: {error}")
+            except Exception as error:  # a disk's fault or our own: it stays in the journal, and the next is answered
+                self._say(f"{served.name}: {first_line(error)}")
                 if isinstance(error, CorruptStoreError):  # seen through files that were open before it was mended
                     self._close(served)
 
