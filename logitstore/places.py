@@ -1,9 +1,12 @@
 """What was typed as the place of a store that is moved: a folder, a zip file, or a URL of one of several kinds."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from logitstore.errors import ConfigError
 from logitstore.folder_destination import FolderDestination
@@ -32,12 +35,12 @@ def push(store: str, url: str, jobs: int = JOBS, *, quiet: bool = False) -> Move
         ConfigError: a place that no store is moved to or from.
         StoreError: as `transfer.move`.
     """
-    with source_of(store) as source, destination_of(url, quiet=quiet) as destination:
+    with source_of(store, quiet=quiet) as source, destination_of(url, quiet=quiet) as destination:
         return move(source, destination, jobs, quiet=quiet)
 
 
 @contextmanager
-def source_of(place: str) -> Iterator[Source]:
+def source_of(place: str, *, quiet: bool = False) -> Iterator[Source]:
     """Where a store is read.
 
     Raises:
@@ -49,7 +52,7 @@ def source_of(place: str) -> Iterator[Source]:
         yield hub_source(place)
         return
     if scheme in HTTP:
-        client = ServiceClient(place)
+        client = _client(place, quiet=quiet)
         try:
             service = client.facts() is not None
             client.patience_s = PATIENCE_S
@@ -87,7 +90,7 @@ def destination_of(place: str, *, quiet: bool = False) -> Iterator[Destination]:
             yield dataset
         return
     if scheme in HTTP:
-        client = ServiceClient(place)
+        client = _client(place, quiet=quiet)
         try:
             with suppress(NotThereError):  # it begins with what is pushed
                 client.facts()
@@ -101,6 +104,10 @@ def destination_of(place: str, *, quiet: bool = False) -> Iterator[Destination]:
         return
     with FolderDestination.opened(Path(rest).expanduser()) as folder:
         yield folder
+
+
+def _client(place: str, *, quiet: bool) -> ServiceClient:
+    return ServiceClient(place, say=lambda line: None if quiet else tqdm.write(line, sys.stderr))
 
 
 def _split(place: str) -> tuple[str, str]:

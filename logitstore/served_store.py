@@ -66,7 +66,7 @@ def open_served(
         StoreError: what is served is no store, or another one than before.
         StoreWriteError: the overlay cannot be written.
     """
-    client = ServiceClient(url)
+    client = ServiceClient(url, say=say)
     client.silent_s = min(client.silent_s, IMPATIENCE_S)
     try:
         folder = folder_of(overlay, client.url)

@@ -37,6 +37,8 @@ MOST_JSON_BYTES, MOST_ERROR_BYTES = 8 << 20, 1 << 16
 MOST_DOCUMENTS, MOST_TOKENS = 64, 1 << 15
 """Documents and their tokens that are asked for in one request; a longer document is not asked for."""
 MOST_REASON = 500
+TOLD_AFTER_S = 5.0
+"""When the user is told that somebody is waited for."""
 MOST_NAMED = 20
 """Stores that are listed where one was not found."""
 IDENTITY = {"Accept-Encoding": "identity"}
@@ -52,6 +54,7 @@ class ServiceClient:
         url: http(s)://HOST[:PORT]/[PATH/]NAME.
         token: by default that of the environment.
         patience_s: so long is asked again before a service counts as lost; by default PATIENCE_S.
+        say: takes a line of text for the user.
 
     Raises:
         ConfigError: no such URL.
@@ -63,6 +66,7 @@ class ServiceClient:
         token: str | None = None,
         patience_s: float | None = None,
         sleep: Callable[[float], object] = time.sleep,
+        say: Callable[[str], object] = lambda _: None,
     ) -> None:
         self.url = url.rstrip("/")
         base, _, self.name = self.url.rpartition("/")
@@ -75,7 +79,8 @@ class ServiceClient:
         self.patience_s = PATIENCE_S if patience_s is None else patience_s
         self.silent_s = SILENT_S
         """So long an answer may stop for."""
-        self._sleep = sleep
+        self._sleep, self._say = sleep, say
+        self._told_until = 0.0
         try:
             self._client = httpx2.Client(
                 headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -348,8 +353,11 @@ class ServiceClient:
             wait_s = min(FIRST_WAIT_S * 2**attempt, LAST_WAIT_S) * (0.5 + random.random())
             if isinstance(error, RefusedError):
                 wait_s = max(wait_s, error.wait_s)
-            if time.monotonic() + wait_s - started > patience_s:
-                why = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {first_line(error)}"
+            why = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {first_line(error)}"
+            waited_s = time.monotonic() + wait_s - started
+            if waited_s > TOLD_AFTER_S:
+                self._tell(f"waiting for {self.url} ({why})", patience_s)
+            if waited_s > patience_s:
                 raise ServiceLostError(
                     f"{what} of {self.url} does not answer, asked {attempt + 1} times ({why}); is the service up, "
                     "and is this its address?"
@@ -358,6 +366,13 @@ class ServiceClient:
             self._sleep(wait_s)
 
         return wait
+
+    def _tell(self, line: str, once_in_s: float) -> None:
+        """Tell the user, once where many threads wait."""
+        now = time.monotonic()
+        if now >= self._told_until:
+            self._told_until = now + once_in_s
+            self._say(line)
 
 
 class RefusedError(ServiceError):
