@@ -1,12 +1,14 @@
 """Documents to token sequences: what the teacher reads and which positions the student is trained on.
 
 Stands between the documents and the teacher, and before the key: build and training call the same function, so a
-document has the same token ids in both. Token ids are those of mlx-lm, position for position. Nothing is padded,
-packed or shuffled here.
+document has the same token ids in both. Token ids are those of mlx-lm, position for position, but for today's date
+where a chat template writes that: here it is always the same day. Nothing is padded, packed or shuffled here.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,11 @@ from logitstore.asked import Asked
 from logitstore.documents import Document, format_of
 from logitstore.errors import ConfigError, DatasetError, ModelError
 from logitstore.targets import SparseTargets
+
+TODAY = datetime(2024, 7, 26)
+"""What a chat template that asks for the date is told (Llama 3.2, SmolLM3, gpt-oss): with the true one, a document had
+other tokens tomorrow, and a store none of its targets. It is the day that Llama 3's template names without a clock."""
+_ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +229,14 @@ def _has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "has_chat_template", tokenizer.chat_template is not None))
 
 
+def _undated(tokenizer: Any, tools: Any) -> dict[str, str]:
+    """The tokenizer's chat template with `TODAY` in it, as an option to render with; nothing where it has no date."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return {}
+    template = tokenizer.get_chat_template(tools=tools)
+    return {"chat_template": _ASKS_THE_DATE.sub(lambda asks: asks[1] + TODAY.strftime(asks[2]) + asks[1], template)}
+
+
 def _encode_chat(
     messages: Sequence[Mapping[str, Any]], tools: Any, tokenizer: Any, where: str
 ) -> tuple[list[int], npt.NDArray[np.bool_]]:
@@ -231,9 +246,11 @@ def _encode_chat(
     character share its end.
     """
 
+    undated = _undated(tokenizer, tools)
+
     def render(turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:
-            return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
+            return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **undated, **options))
         except Exception as error:  # a template is a program of its own and may raise anything
             raise DatasetError(
                 f"{where}: the chat template refuses the messages: {' '.join(str(error).split())}"

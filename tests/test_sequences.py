@@ -159,6 +159,19 @@ def test_tools_reach_the_template() -> None:
     assert runs(sequence, tokenizer) == ["Because.<|im_end|>\n"]
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_on_every_day() -> None:
+    tokenizer = tiny_tokenizer()
+    dated = "{% set day = strftime_now(\"%d %B %Y\") %}{{ day + strftime_now( '/%m/' ) }}" + str(
+        tokenizer.chat_template
+    )
+    for template in (dated, {"default": dated}):
+        tokenizer.chat_template = template
+        for each in (tokenizer, TokenizerWrapper(tokenizer)):
+            sequence = one({"messages": CONVERSATIONS[0]}, each)
+            assert tokenizer.decode(sequence.token_ids).startswith("26 July 2024/07/<|im_start|>")
+            assert runs(sequence, tokenizer) == ["Because.<|im_end|>\n"]
+
+
 def test_turns_whose_thoughts_are_dropped_are_still_found() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = THINKING_TEMPLATE
