@@ -106,10 +106,11 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     pieces = model["vocab"]
     ids = pieces if isinstance(pieces, dict) else {piece: i for i, (piece, _score) in enumerate(pieces)}
     by_id = {i: spelled(piece) for piece, i in ids.items()}
-    by_id |= {token["id"]: token["content"].encode() for token in description["added_tokens"]}
-    special = {token["id"] for token in description["added_tokens"] if token["special"]} | set(
-        tokenizer.all_special_ids
-    )
+    added = description["added_tokens"]
+    special = {token["id"] for token in added if token["special"]} | set(tokenizer.all_special_ids)
+    # Gemma's runs of spaces are added tokens, and pieces that the model emits: these say what the piece says.
+    pieces_too = {i for i in ids.values() if i not in special} if spelled is _sentencepiece else set()
+    by_id |= {token["id"]: token["content"].encode() for token in added if token["id"] not in pieces_too}
     return Vocabulary(
         tokens=tuple(by_id.get(i, b"") for i in range(max(by_id, default=-1) + 1)),
         special_ids=frozenset(special),

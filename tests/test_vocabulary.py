@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from logitstore.errors import ModelError
@@ -39,6 +39,16 @@ def test_special_tokens_are_their_text_and_are_listed() -> None:
     vocabulary = vocabulary_of(tiny_tokenizer())
     assert [vocabulary.text(i) for i in sorted(vocabulary.special_ids)] == list(SPECIAL_TOKENS)
     assert (vocabulary.bos_id, vocabulary.eos_id) == (1, 2)
+
+
+def test_an_added_token_that_is_also_a_piece_is_spelled_as_the_piece_as_gemmas_runs_of_spaces() -> None:
+    description = json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())
+    description["model"]["vocab"]["\u2581\u2581"] = len(description["model"]["vocab"])
+    description["model"]["merges"].append(["\u2581", "\u2581"])
+    backend = Tokenizer.from_str(json.dumps(description))
+    backend.add_tokens([AddedToken("\u2581\u2581", normalized=False), AddedToken("<b>", normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert vocabulary_of(tokenizer).joined(tokenizer.encode("é  é<b>")) == "é  é<b>".encode()
 
 
 def test_an_id_without_token_is_empty() -> None:
