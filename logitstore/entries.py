@@ -1,5 +1,6 @@
 """What a store's `zarr.json` files say: the manifest, and the entry of each shard; checked before it is believed."""
 
+import os
 import re
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -156,6 +157,6 @@ def require_outside_stores(path: Path) -> None:
     Raises:
         ConfigError: it would.
     """
-    for parent in path.absolute().parents:
+    for parent in Path(os.path.realpath(path)).parents:
         if (parent / GROUP).is_file():
             raise ConfigError(f"{path} lies inside {parent}, which is a store; type --out with a path outside of it")

@@ -18,8 +18,10 @@ def replaced(path: Path) -> Iterator[BufferedRandom]:
     What a killed process has left under the temporary name is written over.
 
     Raises:
-        StoreWriteError: another process writes it, full disk or no permission.
+        StoreWriteError: it is a folder, another process writes it, full disk or no permission.
     """
+    if path.is_dir():
+        raise StoreWriteError(f"{path} is a folder, expected a file; type a path in it, with a name")
     partial = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,16 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_made(source: Path) -> 
         refused(source, source.parent / name, kind, says)
 
 
+def test_a_path_that_leads_out_of_the_store_in_which_one_stands_is_outside(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(source)
+    convert(".", Path("../b.zarr"), quiet=True)
+    assert held(source.with_name("b.zarr")) == held(source)
+    with pytest.raises(ConfigError, match="lies inside"):
+        convert(source.with_name("b.zarr"), Path("c.zarr"), quiet=True)
+
+
 def test_a_damaged_source_ends_it_and_once_restored_it_goes_on(source: Path) -> None:
     store = open_store(source)
     assert isinstance(store, ZarrStore)
@@ -154,6 +164,12 @@ def test_two_that_write_one_file_are_told_apart(tmp_path: Path) -> None:
         file.write(b"half")
         raise KeyError
     assert contents(tmp_path) == {"b.zip": b"whole"}
+
+
+@pytest.mark.parametrize("folder", [".", "/", "tests"])
+def test_a_folder_is_no_file_to_write(folder: str) -> None:
+    with pytest.raises(StoreWriteError, match="is a folder, expected a file"), replaced(Path(folder)):
+        pass
 
 
 def test_a_zip_file_that_another_command_has_begun_is_begun_anew(source: Path) -> None:
