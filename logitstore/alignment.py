@@ -49,11 +49,9 @@ def spell(token_ids: npt.NDArray[np.integer], vocabulary: Vocabulary, without: b
 
     Args:
         without: bytes that are left out of it.
-
-    Raises:
-        IndexError: a token beyond the vocabulary.
     """
-    tokens = [vocabulary.tokens[token_id] for token_id in token_ids.tolist()]
+    known = len(vocabulary)  # an id beyond it pads the LM head, and says nothing
+    tokens = [vocabulary.tokens[token_id] if token_id < known else b"" for token_id in token_ids.tolist()]
     if without:
         tokens = [token.translate(None, without) for token in tokens]
     if tokens and token_ids[0] == vocabulary.bos_id:

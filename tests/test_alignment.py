@@ -25,6 +25,11 @@ def test_a_begin_is_no_text_an_end_is_one_byte_and_both_are_text_elsewhere() -> 
     assert spell(np.array([EOS]), VOCABULARY).text == b"</s>"
 
 
+def test_an_id_that_only_pads_the_lm_head_is_no_text() -> None:
+    spelled = spell(np.array([A, len(LETTERS), B]), VOCABULARY)
+    assert (spelled.text, spelled.ends.tolist()) == (b"ab", [1, 1, 2])
+
+
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [
