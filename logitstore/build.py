@@ -23,7 +23,7 @@ from logitstore.plan import Part, shard_positions, windows
 from logitstore.prompts import prompted, read_template
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
-from logitstore.sequences import TokenizeReport, tokenize
+from logitstore.sequences import TokenizeReport, require_places, tokenize
 from logitstore.store import create_store, open_store
 from logitstore.survey import Survey, take_survey
 from logitstore.teacher import Teacher
@@ -200,9 +200,12 @@ def survey_of(config: BuildConfig, rows: Iterable[Document], teacher: Teacher) -
 
     Raises:
         DatasetError, ModelError, ConfigError: as `take_survey`.
+        UnusableLogitsError: a document is longer than the teacher can read.
     """
     name = teacher.loaded.name
-    return take_survey(rows, teacher.tokenizer, config.max_seq_length, teacher.vocab_size, name, quiet=config.quiet)
+    found = take_survey(rows, teacher.tokenizer, config.max_seq_length, teacher.vocab_size, name, quiet=config.quiet)
+    require_places(teacher.places, int(found.positions.max()), f"teacher {name}")
+    return found
 
 
 def open_or_create(path: Path, manifest: Manifest, teacher: Teacher) -> Store:

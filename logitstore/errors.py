@@ -6,7 +6,7 @@
     ├── ConfigError               a flag or a config key that cannot be used
     ├── DatasetError              a dataset that is missing, empty or malformed
     ├── ModelError                a teacher or student that does not load
-    │   └── UnusableLogitsError   a teacher whose logits are no numbers on a document
+    │   └── UnusableLogitsError   a teacher that cannot be used on a document: no numbers, or too long for it
     ├── TeacherLostError          a live teacher that answers no more
     ├── ProcessLostError          one of several processes that train together is gone
     ├── MissingTargetsError       the store has no answer and nobody else may give one
@@ -40,7 +40,7 @@ class ModelError(LogitstoreError):
 
 
 class UnusableLogitsError(ModelError):
-    """A teacher's logits are NaN or infinite on a document."""
+    """A teacher's logits are NaN or infinite on a document, or it cannot read so long a one."""
 
 
 class TeacherLostError(LogitstoreError):

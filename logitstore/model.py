@@ -57,6 +57,12 @@ class LoadedModel:
         every = self.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])
         return {token for token in every if token is not None}
 
+    @property
+    def places(self) -> int | None:
+        """How many tokens it can read, where it learned a vector for each place (GPT-2, StarCoder); None elsewhere."""
+        tables = (array for name, array in _parameters(self.model).items() if name.endswith("wpe.weight"))
+        return next((len(table) for table in tables), None)
+
 
 def load_model(source: str | Path, *, adapter_path: str | Path | None = None, unpack: bool = False) -> LoadedModel:
     """Load `source`, with the adapter of `adapter_path` if given.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from logitstore.asked import Asked
 from logitstore.documents import Document, format_of
-from logitstore.errors import ConfigError, DatasetError, ModelError
+from logitstore.errors import ConfigError, DatasetError, ModelError, UnusableLogitsError
 from logitstore.targets import SparseTargets
 
 TODAY = datetime(2024, 7, 26)
@@ -178,6 +178,22 @@ def require_ids_below(vocab_size: int, sequences: Iterable[TokenSequence], model
                 f"{sequence.where} holds token {largest}, but {model} knows {vocab_size:,} tokens; "
                 "its tokenizer is not the one it was trained with: type a model folder whose parts belong together"
             )
+
+
+def require_places(places: int | None, tokens: int, model: str) -> None:
+    """Check before a model reads so many tokens that it has learned so many places: MLX reads past the end of these.
+
+    Args:
+        places: None for a model that can count on.
+
+    Raises:
+        UnusableLogitsError: saying where to cut documents.
+    """
+    if places is not None and tokens > places:
+        raise UnusableLogitsError(
+            f"a document has {tokens:,} tokens to read, but {model} has learned {places:,} places; "
+            f"type --max-seq-length {places}"
+        )
 
 
 def _encode(document: Document, tokenizer: Any) -> tuple[list[int], npt.NDArray[np.bool_]]:

@@ -22,6 +22,7 @@ from logitstore.forward import document_logits, document_outputs
 from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.model import load_model
 from logitstore.recipe import DocumentRecord, Recipe
+from logitstore.sequences import require_places
 from logitstore.trace import traced
 from logitstore.vocabulary import Vocabulary, vocabulary_of
 from logitstore.worker import at_once
@@ -47,6 +48,7 @@ class Teacher:
         self.vocabulary: Vocabulary = vocabulary_of(self.tokenizer)
         self.head = distill_kernels.split_head(self.loaded.model)
         self.vocab_size = int(self.loaded.model(mx.array([[0]])).shape[-1])
+        self.places = self.loaded.places
         self._quiet = quiet
 
     def manifest(self, recipe: Recipe) -> Manifest:
@@ -95,8 +97,9 @@ class Teacher:
 
         Raises:
             UnusableLogitsError: the teacher gives NaN or infinite logits or hidden states; here, or when a result is
-                called.
+                called. Or it has learned fewer places than a document has.
         """
+        require_places(self.places, max(map(len, documents)) - 1, f"teacher {self.loaded.name}")
         return [
             partial(
                 self._finish,

@@ -9,14 +9,17 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gpt2
 from safetensors.numpy import load_file
 
-from logitstore.errors import ModelError
+from logitstore.build import BuildConfig, build
+from logitstore.errors import ModelError, UnusableLogitsError
 from logitstore.recipe import Recipe
 from logitstore.selection import Selection
 from logitstore.targets import SparseTargets
 from logitstore.teacher import Teacher
-from tests.tiny import save_tiny_model
+from tests.tiny import CORPUS, save_tiny_model, tiny_tokenizer
 
 Array = npt.NDArray[np.float64]
 LENGTHS = (9, 2, 23)
@@ -132,6 +135,24 @@ def test_selection_on_the_device_and_on_the_cpu_agree(model: Path, monkeypatch: 
             on_device = answers(teacher, select)
         for (_, a), (_, b) in zip(on_cpu, on_device, strict=True):
             assert (a.ids == b.ids).mean() > 0.99 and np.abs(a.weights - b.weights).max() < 0.02
+
+
+def test_a_document_with_more_places_than_a_gpt2_has_learned_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "gpt2", "n_ctx": 16, "n_positions": 16, "n_embd": 32, "n_head": 4, "n_layer": 1}
+    config |= {"layer_norm_epsilon": 1e-5, "vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2}
+    weights = dict(tree_flatten(gpt2.Model(gpt2.ModelArgs.from_dict(config)).parameters()))
+    tiny_tokenizer().save_pretrained(tmp_path)
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher, recipe = Teacher(str(tmp_path), quiet=True), Recipe(Selection("top-k", 8), (1.0,), 0, 384)
+    (answer,) = teacher.records([np.arange(17, dtype=np.int32)], recipe)
+    assert len(answer.records) == 16
+    with pytest.raises(UnusableLogitsError, match=r"17 tokens to read, but .* 16 places; type --max-seq-length 16"):
+        teacher.records([np.arange(18, dtype=np.int32)], recipe)
+    (tmp_path / "d.jsonl").write_text(json.dumps({"text": CORPUS[0]}))
+    with pytest.raises(UnusableLogitsError, match="places"):  # before anything is written
+        build(BuildConfig(str(tmp_path), str(tmp_path / "d.jsonl"), tmp_path / "s", quiet=True))
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_teacher_that_gives_nan_is_refused(tmp_path: Path) -> None:

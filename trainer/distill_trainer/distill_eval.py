@@ -21,7 +21,7 @@ from logitstore.documents import read_documents
 from logitstore.errors import ConfigError, first_line
 from logitstore.model import LoadedModel, load_model
 from logitstore.replaced import replaced
-from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below
+from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below, require_places
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
 from logitstore.vocabulary import vocabulary_of
@@ -154,6 +154,8 @@ def distill_eval(config: EvalConfig, say: Callable[[str], object] = lambda _: No
     sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
     say(report.describe())
     require_ids_below(student.model(mx.array([[0]])).shape[-1], sequences, f"student {student.name}")
+    longest = max(len(sequence.trained) for sequence in sequences)
+    require_places(student.places, longest, f"student {student.name}")
     if store is not None:
         require_same_tokenizer(store, vocabulary_of(student.tokenizer).fingerprint(), config.student)
         found = evaluate_stored(student, store, sequences, config.quiet)
@@ -165,6 +167,7 @@ def distill_eval(config: EvalConfig, say: Callable[[str], object] = lambda _: No
     assert config.teacher is not None
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
     require_ids_below(teacher.vocab_size, sequences, "the teacher")
+    require_places(teacher.places, longest, "the teacher")
     measured = evaluate({"student": student}, teacher, sequences, config.quiet)["student"]
     figures = {name: Stated(getattr(measured, name), "exact") for name in FIGURES if name != "similarity"}
     held = Held(student.name, teacher.loaded.name, measured.positions, 0, figures, measured.bins, ())

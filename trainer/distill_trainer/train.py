@@ -38,7 +38,7 @@ from distill_trainer.two_prompts import read_both
 from distill_trainer.weights import weighted
 from logitstore.errors import MissingTargetsError, ProcessLostError, StoreError, TeacherLostError, UnusableLogitsError
 from logitstore.model import LoadedModel
-from logitstore.sequences import TokenizeReport, require_ids_below
+from logitstore.sequences import TokenizeReport, require_ids_below, require_places
 
 ENDS = (MissingTargetsError, StoreError, TeacherLostError, UnusableLogitsError, ProcessLostError)
 """What ends a run early with what it has learned."""
@@ -77,6 +77,8 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
     sequences, draw = choose(config, teachers, sequences, say)
     held_out = read_held_out(config, student.tokenizer, sequences, say)
     require_ids_below(vocab_size, [*sequences, *held_out], f"student {student.name}")
+    longest = max(len(sequence.trained) for sequence in [*sequences, *held_out])
+    require_places(student.places, longest, f"student {student.name}")
     if crossing is not None:
         teachers = crossing.teachers
         sequences, held_out = crossing.over(sequences, say), crossing.over_held_out(held_out, say)
