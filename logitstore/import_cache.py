@@ -17,6 +17,7 @@ from tqdm import tqdm
 from logitstore.codec import encode_position, quantize, to_record
 from logitstore.errors import ConfigError, DatasetError, first_line
 from logitstore.foreign import ForeignDocument, ForeignSource, open_foreign, options_of
+from logitstore.foreign.document import MAX_ID
 from logitstore.key import document_key
 from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.recipe import DocumentRecord, Recipe
@@ -42,7 +43,7 @@ class ImportConfig:
     teacher: str
     """Its name: no model is loaded."""
     tokenizer: str
-    """A folder or a hub id."""
+    """A folder, a .gguf file or a hub id."""
     vocab_size: int | None = None
     """Width of the teacher's LM head. [default: what the cache says, else the tokenizer's size]"""
     assume_normalised: bool = False
@@ -187,7 +188,9 @@ def _token_lists(path: Path, depth: int) -> Iterator[Any]:
                     continue
                 value = json.loads(line)
                 rows = value if depth == 2 and isinstance(value, list) else [value]
-                if not all(isinstance(row, list) and all(type(i) is int for i in row) for row in rows):
+                if not all(
+                    isinstance(row, list) and all(type(i) is int and 0 <= i <= MAX_ID for i in row) for row in rows
+                ):
                     raise DatasetError(f"{path.name}:{number}: expected {expected}; write the file again")
                 yield value
     except (OSError, ValueError, RecursionError) as error:

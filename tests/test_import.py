@@ -130,6 +130,15 @@ def test_a_tail_that_nobody_knows_is_not_stored_as_none_unless_it_is_typed(tmp_p
         assert "tail mass (assumed" in json.loads(run("stats", line[-1], "--json").stdout)["about"]["unknown"]
 
 
+@pytest.mark.parametrize("row", ["[1e3, 2]", "[-1, 2]", "[100000000000000000000, 2]", "[true, 2]"])
+def test_tokens_that_are_no_ids_are_told_with_their_line(tmp_path: Path, tokenizer: Path, row: str) -> None:
+    cache, rows = dwq(tmp_path / "dwq")
+    rows.write_text(f"\n[{row}]\n")
+    words = ("--format", "dwq", "--tokens", rows, "--teacher", "T", "--tokenizer", tokenizer, "--assume-normalised")
+    result = run("import", cache, *words, "--quiet", "--out", tmp_path / "s.zarr")
+    assert result.exit_code == 2 and f"{rows.name}:2: expected a list of rows of token ids" in result.stderr
+
+
 def test_typed_again_it_changes_nothing_and_another_cache_is_refused(tmp_path: Path) -> None:
     source = write_mlx_kld(tmp_path / "cache")
     import_cache(config(tmp_path, source))
