@@ -10,6 +10,9 @@
     ├── TeacherLostError          a live teacher that answers no more
     ├── ProcessLostError          one of several processes that train together is gone
     ├── MissingTargetsError       the store has no answer and nobody else may give one
+    ├── ServiceError              a service that refuses, or answers what no service says
+    │   ├── ServiceLostError      one that does not answer
+    │   └── WireError             an answer that was cut or damaged on its way
     └── StoreError
         ├── StoreNotFoundError    no store at this path
         ├── StoreFormatError      a store of a newer format, or not a store at all

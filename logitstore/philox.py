@@ -1,8 +1,7 @@
 """Philox-4x32-10: random numbers that are a function of where they are used, not of when.
 
-Every random choice about a position is drawn from (document key, position, temperature,
-replica), so that a build that was killed, a
-miss that is answered live and another machine all draw the same numbers.
+Every random choice about a position is drawn from (document key, position, temperature, replica), so that a build that
+was killed, a miss that is answered live and another machine all draw the same numbers.
 """
 
 import numpy as np

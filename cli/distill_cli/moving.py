@@ -89,7 +89,7 @@ def _gc_overlay(place: Path | None, overlay_gb: float, *, dry_run: bool) -> None
 @click.option("--format", required=True, help="distillkit, axolotl, dwq or mlx-kld.")
 @click.option("--out", required=True, type=LocalPath(), help="The store: begun or finished.")
 @click.option("--teacher", required=True, help="The name of the teacher; the cache holds no more of it.")
-@click.option("--tokenizer", required=True, help="The tokenizer of the cache's token ids: a folder or a hub id.")
+@click.option("--tokenizer", required=True, help="That of the cache's token ids: a folder, a .gguf file or a hub id.")
 @click.option("--vocab-size", type=click.IntRange(min=1), help="Width of the teacher's LM head, if not in the cache.")
 @click.option("--assume-normalised", is_flag=True, help="Take kept probabilities for all, where a cache tells no more.")
 @click.option("--compression-config", type=LocalPath(), help="distillkit: the settings of the capture.")
