@@ -1,13 +1,15 @@
 """`stats` of a store: reads its documents once, in its own order, and writes the page."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from logitstore.contract import Store
 from logitstore.manifest import Manifest
+from logitstore.measures import unknown
 from logitstore.replaced import replaced
-from logitstore.stats import StoreStats, collect
+from logitstore.stats import Histogram, StoreStats, collect
 from logitstore.stats_report import to_html
 
 
@@ -19,9 +21,24 @@ def of_store(store: Store, *, quiet: bool = False) -> StoreStats:
     """
     numbers = tqdm(range(len(store)), unit="doc", desc="stats", delay=1, leave=False, disable=quiet)
     name = Path(str(store.path).rstrip("/")).name
-    return collect(
+    found = collect(
         map(store.document, numbers), store.plane_bytes(), store.fidelity, name=name, about=about(store.manifest)
     )
+    return known(found, store.manifest)
+
+
+def known(stats: StoreStats, manifest: Manifest) -> StoreStats:
+    """The same without what the store does not know: an imported cache has codes there that mean nothing."""
+    lacking = unknown(manifest)
+    if "entropy" in lacking:
+        stats = replace(stats, entropy=_empty(stats.entropy))
+    if "nll" in lacking:
+        stats = replace(stats, teacher_perplexity=None, label_log_prob=_empty(stats.label_log_prob))
+    return stats
+
+
+def _empty(histogram: Histogram) -> Histogram:
+    return replace(histogram, counts=(0,) * len(histogram.counts), mean=None)
 
 
 def about(manifest: Manifest) -> dict[str, str]:

@@ -65,6 +65,20 @@ def test_a_cache_becomes_a_top_k_store_that_says_what_it_does_not_know(tmp_path:
         assert (told[~known] == -15.875).all() and (targets.entropy == 15.9375).all()
 
 
+def test_what_an_import_does_not_know_is_shown_nowhere_as_a_number(tmp_path: Path) -> None:
+    source, page = write_mlx_kld(tmp_path / "cache"), tmp_path / "page.html"
+    import_cache(config(tmp_path, source))
+    title, _, *lines = run("inspect", tmp_path / "s.zarr").output.splitlines()
+    label = next(open_foreign("mlx-kld", source).documents).label_log_prob
+    assert "perplexity" not in title and "15.94" not in "".join(lines)
+    dashes = [len(re.findall(r" -(?= )", line)) for line in lines if line.strip()]
+    assert dashes == [1 + int(np.isnan(value)) for value in label]
+    found = json.loads(run("stats", tmp_path / "s.zarr", "--json", "--html", page).stdout)
+    assert found["teacher_perplexity"] is None and found["positions"] > 0 and page.exists()
+    for name in ("entropy", "label_log_prob"):
+        assert found["histograms"][name]["mean"] is None and not sum(found["histograms"][name]["counts"])
+
+
 def test_no_live_teacher_fits_an_import_and_two_imports_that_know_different_things_differ(
     tmp_path: Path,
 ) -> None:

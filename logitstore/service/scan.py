@@ -17,7 +17,7 @@ from logitstore.condition import Condition
 from logitstore.measures import NAMES, measure, unknown
 from logitstore.service.shelf import Served
 from logitstore.stats import Collection, StoreStats
-from logitstore.store_stats import about
+from logitstore.store_stats import about, known
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
 
@@ -132,7 +132,8 @@ class Scan:
         with self.served.reading() as store:
             plane_bytes, fidelity, manifest = store.plane_bytes(), store.fidelity, store.manifest
         with self._lock:
-            return self._collection.stats(plane_bytes, fidelity, name=self.served.name, about=about(manifest))
+            found = self._collection.stats(plane_bytes, fidelity, name=self.served.name, about=about(manifest))
+            return known(found, manifest)
 
     def _numbers(self) -> dict[str, npt.NDArray[np.int64]]:
         with self.served.reading() as store:

@@ -36,7 +36,7 @@ export function histogram(name, { edges, counts, mean, unit }, remark) {
     ` ${unit}`,
     h("span", { class: "muted" }, total ? `, mean ${fixed(mean)}` : ""),
   );
-  if (!total) return h("figure", null, caption, h("p", { class: "muted" }, "Nothing has been read yet."));
+  if (!total) return h("figure", null, caption, h("p", { class: "muted" }, "No values are known, or read yet."));
   const shown = counts.slice(from, to + 1);
   const most = Math.max(...shown) / total;
   const [low, high] = [edges[from], edges[to + 1]];
