@@ -28,10 +28,12 @@ def of_store(store: Store, *, quiet: bool = False) -> StoreStats:
 
 
 def known(stats: StoreStats, manifest: Manifest) -> StoreStats:
-    """The same without what the store does not know: an imported cache has codes there that mean nothing."""
+    """The same without what the store does not know: codes of an imported cache, and the tail of `random:N`."""
     lacking = unknown(manifest)
     if "entropy" in lacking:
         stats = replace(stats, entropy=_empty(stats.entropy))
+    if "tail_mass" in lacking:
+        stats = replace(stats, tail_mass=_empty(stats.tail_mass))
     if "nll" in lacking:
         stats = replace(stats, teacher_perplexity=None, label_log_prob=_empty(stats.label_log_prob))
     return stats

@@ -1,6 +1,7 @@
 """Stats of targets made by hand, held against `numpy.histogram` and plain loops over all of them at once."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from logitstore.stats import (
     StoreStats,
     collect,
 )
+from logitstore.store_stats import of_store
 from logitstore.targets import SparseTargets
+from logitstore.zarr_store import ZarrStore
+from tests.stores import VOCABULARY, manifest, records
 
 Document = tuple[npt.NDArray[np.int32], SparseTargets]
 PLANES = {"records": 600, "token_ids": 150, "index": 50}
@@ -158,3 +162,11 @@ EXTREMES = {
     "all zeros": ([zeros(30), zeros(2)], {"records": 0}, {"angles": [[1, 0.0], [2, 0.0]], "kl_floor": 0.0}),
     "many entries": ([document(9, k=19), document(3, k=1)], PLANES, None),
 }
+
+
+def test_draws_with_replacement_know_no_tail_mass(tmp_path: Path) -> None:
+    made = manifest("random:8")
+    store = ZarrStore.create(tmp_path / "s", made, VOCABULARY)
+    store.write_documents(records([9], 0, made.recipe))
+    found = of_store(store, quiet=True)
+    assert found.tail_mass.mean is None and found.positions == 8 and found.entropy.mean is not None
