@@ -262,11 +262,10 @@ def _encode_chat(
     character share its end.
     """
 
-    undated = _undated(tokenizer, tools)
-
     def render(turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:
-            return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **undated, **options))
+            options |= _undated(tokenizer, tools)
+            return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
         except Exception as error:  # a template is a program of its own and may raise anything
             raise DatasetError(
                 f"{where}: the chat template refuses the messages: {' '.join(str(error).split())}"

@@ -202,6 +202,13 @@ def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
         one({"messages": CONVERSATIONS[0]}, tokenizer)
 
 
+def test_templates_of_which_none_is_the_default_are_refused_in_one_line() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"other": "{{ strftime_now('%Y') }}"}
+    with pytest.raises(DatasetError, match=r"a\.jsonl:1: the chat template refuses the messages: "):
+        one({"messages": CONVERSATIONS[0]}, tokenizer)
+
+
 def test_a_conversation_that_begins_with_the_assistant_is_refused() -> None:
     with pytest.raises(DatasetError, match=r"messages\[0\] is an assistant turn, expected a system or user message"):
         one({"messages": [assistant("Hello!"), user("Hi")]}, tiny_tokenizer())
