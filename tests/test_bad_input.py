@@ -197,6 +197,8 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         ("logitstore stats {store} --html {data}/below.html", r"cannot be written: (File exists|Not a directory)"),
         ("logitstore verify {store} --live 3", r"--live asks the teacher again; type --teacher T"),
         ("logitstore verify {store} --teacher {teacher}", r"nothing to do; type --live N, or --repair"),
+        ("logitstore verify {store} --adapter-path A", r"is the teacher's; type --teacher T with it"),
+        ("logitstore gc {store} --overlay-gb 5", r"how much of the overlay may stay; type --overlay with it"),
         ("logitstore verify {store} --repair --dataset {data}", r"type --repair --teacher T with it"),
         ("logitstore verify {store} --live 3 --teacher {student}", r"built with teacher weights .*, this run has"),
         ("logitstore verify {store} --repair --teacher {student}", r"built with teacher weights .*, this run has"),

@@ -187,6 +187,8 @@ def verify(
             raise click.UsageError("--live asks the teacher again; type --teacher T.")
         if teacher and not (live or mend):
             raise click.UsageError("--teacher has nothing to do; type --live N, or --repair.")
+        if adapter_path and not teacher:
+            raise click.UsageError("--adapter-path is the teacher's; type --teacher T with it.")
         if dataset and not (mend and teacher):
             raise click.UsageError("--dataset has nothing to do; type --repair --teacher T with it.")
         from logitstore.verify import to_json

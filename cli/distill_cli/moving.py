@@ -42,17 +42,19 @@ def merge(stores: tuple[str, ...], out: Path, quiet: bool) -> None:
 @click.command()
 @click.argument("place", metavar="[STORE|DIR]", type=LocalPath(), required=False)
 @click.option("--overlay", is_flag=True, help="Of what was fetched from services: DIR, else the user's cache folder.")
-@click.option("--overlay-gb", type=float, default=20, show_default=True, help="So much of that may stay.")
+@click.option("--overlay-gb", type=float, help="So much of that may stay.  [default: 20]")
 @click.option("--dry-run", is_flag=True, help="List what would go; remove nothing.")
-def gc(place: Path | None, overlay: bool, overlay_gb: float, dry_run: bool) -> None:
+def gc(place: Path | None, overlay: bool, overlay_gb: float | None, dry_run: bool) -> None:
     """Remove what killed commands have left in a store and beside it; what a running one holds stays.
 
     With --overlay, remove of the stores that were fetched from services what was used longest ago.
     """
     with one_line_errors("What was removed is gone; type the same command to go on."):
         if overlay:
-            _gc_overlay(place, overlay_gb, dry_run=dry_run)
+            _gc_overlay(place, 20 if overlay_gb is None else overlay_gb, dry_run=dry_run)
             return
+        if overlay_gb is not None:
+            raise click.UsageError("--overlay-gb is how much of the overlay may stay; type --overlay with it.")
         if place is None:
             raise click.UsageError("a store is missing; type its path, or --overlay for what was fetched.")
         from logitstore.gc import gc as run
