@@ -23,6 +23,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {
 }
 _EXPECTED = '{"text"}, {"prompt", "completion"} or {"messages"}'
 _PARQUET_ROWS = 1024
+MOST_FILES = 10_000
+"""Below a folder that Hugging Face datasets is given, which looks at every one of them."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def _open(dataset: str, split: str, columns: Sequence[str]) -> Iterator[Document
             return _read_file(file, columns)
         if train := _split_file(path, "train"):
             raise DatasetError(f"{path} holds {train.name} but neither {split}.jsonl nor {split}.parquet")
+        if sum(1 for _ in islice(path.rglob("*"), MOST_FILES)) == MOST_FILES:
+            raise DatasetError(f"{path} has no train.jsonl or train.parquet, and too many files to be a dataset")
         return _read_hugging_face(str(path), split, columns)
     if path.is_file() or path.suffix in (".jsonl", ".json", ".parquet"):
         if split != "train":

@@ -147,7 +147,8 @@ def entry_of(data: bytes, path: object) -> ShardEntry:
 def damaged(path: object, fault: str) -> CorruptStoreError:
     """The one line for a file of a store that cannot be trusted."""
     return CorruptStoreError(
-        f"{path}: {fault}; type `logitstore verify STORE` for all that is damaged, delete those shards, and build again"
+        f"{path}: {fault}; type `logitstore verify STORE` for all that is damaged, and with `--repair --teacher T "
+        "--dataset D` it is computed again"
     )
 
 

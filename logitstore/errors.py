@@ -25,6 +25,9 @@ A message says what was found, what was expected and what to type next. The comm
 code 2.
 """
 
+MOST_FOREIGN = 400
+"""Characters of another library's error in a message."""
+
 
 class LogitstoreError(Exception):
     """Base of all errors raised for the user's input, files or machine."""
@@ -99,5 +102,6 @@ class StoreWriteError(StoreError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, without its full stop, for a message of one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".;:")
+    """The first line of another library's error, without its full stop and no longer than a reader's patience."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".;:")
+    return line if len(line) <= MOST_FOREIGN else f"{line[:MOST_FOREIGN]}..."

@@ -38,7 +38,7 @@ def export(
     Appears whole or not at all.
 
     Raises:
-        ConfigError: `out` is there or no .parquet path, or the store does not serve the temperature.
+        ConfigError: `out` is there or no .parquet path, or the store has not the temperature or the replica.
         CorruptStoreError: the store is damaged.
         StoreWriteError: full disk or no permission.
     """
@@ -52,6 +52,8 @@ def export(
         raise ConfigError(f"{out} is there already; type another path, or delete it")
     recipe = store.manifest.recipe
     recipe.set_number(temperature, replica)
+    if not 0 <= replica < recipe.replicas:
+        raise ConfigError(f"replica is {replica}, and the store has {recipe.replicas}; type --replica 0")
     schema = pyarrow.schema(
         [
             ("token_ids", pyarrow.list_(pyarrow.int32())),

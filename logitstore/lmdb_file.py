@@ -58,6 +58,8 @@ class LmdbFile:
                 file = cls._opened[name] = cls(path)
             return file
 
+    _handle = -1
+
     def __init__(self, path: Path, *, new: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()

@@ -15,13 +15,16 @@ from logitstore.journal import open_locked
 def replaced(path: Path) -> Iterator[BufferedRandom]:
     """Write a file beside `path`, and rename it to that when the block ends well; one process at a time.
 
-    What a killed process has left under the temporary name is written over.
+    What a killed process has left under the temporary name is written over. Of a link, what it points to is replaced.
 
     Raises:
-        StoreWriteError: it is a folder, another process writes it, full disk or no permission.
+        StoreWriteError: it is a folder or a device, another process writes it, full disk or no permission.
     """
     if path.is_dir():
         raise StoreWriteError(f"{path} is a folder, expected a file; type a path in it, with a name")
+    if path.exists() and not path.is_file():
+        raise StoreWriteError(f"{path} is no regular file, and would be replaced by one; type another path")
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".partial-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A store in another kind is the same store, whatever happens on the way."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -169,6 +170,16 @@ def test_two_that_write_one_file_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", [".", "/", "tests"])
 def test_a_folder_is_no_file_to_write(folder: str) -> None:
     with pytest.raises(StoreWriteError, match="is a folder, expected a file"), replaced(Path(folder)):
+        pass
+
+
+def test_a_link_stays_one_and_a_device_is_no_file_to_write(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with replaced(tmp_path / "link") as file:
+        file.write(b"whole")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"whole"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreWriteError, match="is no regular file"), replaced(tmp_path / "pipe"):
         pass
 
 

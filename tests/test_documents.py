@@ -193,6 +193,14 @@ def test_another_local_folder_goes_through_hugging_face(tmp_path: Path) -> None:
     assert len(list(read_documents(str(folder), split="test"))) == 1
 
 
+def test_a_folder_of_all_sorts_of_things_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitstore.documents.MOST_FILES", 3)
+    for name in "abc":
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DatasetError, match=r"has no train\.jsonl or train\.parquet, and too many files"):
+        read_documents(str(tmp_path))
+
+
 @pytest.mark.usefixtures("offline")
 def test_what_hugging_face_cannot_load_is_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "named"

@@ -75,6 +75,8 @@ def test_what_cannot_be_written_or_read_leaves_nothing(tmp_path: Path) -> None:
             export(store, tmp_path / name, quiet=True)
     with pytest.raises(ConfigError, match="serves temperature 1"):
         export(store, tmp_path / "o.parquet", temperature=3.0, quiet=True)
+    with pytest.raises(ConfigError, match="replica is 1, and the store has 1"):
+        export(store, tmp_path / "o.parquet", replica=1, quiet=True)
     file = shard_folder(store, 1) / "positions" / "c" / "0" / "0"
     file.write_bytes(file.read_bytes()[:-1])
     before = contents(tmp_path)

@@ -1,5 +1,6 @@
 """What is LMDB's own: one file that grows, is looked at before it is trusted, and is shared by processes."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from logitstore import lmdb_file, lmdb_records
 from logitstore.errors import CorruptStoreError, StoreFormatError, StoreLostError, StoreNotFoundError, StoreWriteError
 from logitstore.key import document_key
+from logitstore.lmdb_file import LmdbFile
 from logitstore.lmdb_pages import Nodes, PageError, Snapshot, read_metas
 from logitstore.lmdb_records import NUMBER, PLACE, ROOT, Counts, Place, Record, encode
 from logitstore.lmdb_store import LmdbStore
@@ -267,3 +269,10 @@ def test_the_walk_passes_over_every_page_once(path: Path) -> None:
                 copy.write(data)
                 copy.flush()
                 Snapshot(copy.fileno(), meta).check(take)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        LmdbFile(tmp_path / "nowhere" / "s.lmdb")
+    gc.collect()

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from distill_trainer.losses import NAMES, Term, loss_of
+from distill_trainer.losses import LIVE, NAMES, Term, loss_of
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import SUMMED, Recipe
 from logitstore.selection import Selection
@@ -136,6 +136,12 @@ def test_a_sample_with_its_own_probabilities_teaches_too(tmp_path: Path, world: 
     options = {"fine_tune_type": "full", "learning_rate": 1e-3, "alpha": 1.0, "iters": 40, "loss": (name,)}
     _, steps = world.train(tmp_path / "o", store=(str(tmp_path / "s.zarr"),), **options)
     assert np.mean([s["kd_loss"] for s in steps[-5:]]) < 0.8 * np.mean([s["kd_loss"] for s in steps[:5]])
+
+
+def test_a_live_teacher_is_told_to_select_what_the_loss_needs() -> None:
+    recipe = Recipe(Selection.parse("threshold:16"), (1.0,), 0, 50)
+    with pytest.raises(IncompatibleStoreError, match="type --select top-k:50, or --loss kl"):
+        loss_of(["reverse-kl"], recipe, 1.0, LIVE)
 
 
 def test_a_store_that_cannot_serve_the_loss_is_refused_before_the_student_is_loaded(

@@ -97,6 +97,16 @@ def test_the_vocabulary_comes_back(tmp_path: Path) -> None:
     assert small_store(tmp_path / "s").vocabulary == VOCABULARY
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_document_in_two_shards_counts_once(tmp_path: Path, *, indexed: bool) -> None:
+    store = small_store(tmp_path / "s", shards=1)
+    store.write_documents([*records([7, 2, 30]), *records([5], seed=9)])
+    if indexed:
+        store.save_index()
+    reader = open_store(tmp_path / "s")
+    assert (len(reader), reader.positions) == (4, 36 + 4)
+
+
 def test_opening_reads_documents_and_no_entries(tmp_path: Path) -> None:
     store = small_store(tmp_path / "s", shards=1)
     for name in ("entries-0", "positions", "ranks", "blocks"):

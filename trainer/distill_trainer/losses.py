@@ -127,6 +127,7 @@ class Term:
             return SparseKL(temperature)
         if not recipe.tail_log_probs:
             flag = "--tail-log-probs" if selection.kind == "threshold" else "--select threshold:16 --tail-log-probs"
+            flag = "--select top-k:50" if where == LIVE else flag
             raise _lacking(self.name, where, "a sample needs its entries' own probabilities", flag)
         return SampledLoss(temperature, divergence=divergence)
 
@@ -148,8 +149,7 @@ def loss_of(terms: Sequence[str], recipe: Recipe, temperature: float, where: str
 
 
 def _lacking(name: str, where: str, why: str, flag: str) -> IncompatibleStoreError:
-    live = where == LIVE and "--tail-log-probs" not in flag
-    keep = flag if live else f"`logitstore build {flag}` for another store"
+    keep = flag if where == LIVE else f"`logitstore build {flag}` for another store"
     return IncompatibleStoreError(f"{where} cannot serve --loss {name}: {why}; type {keep}, or --loss kl")
 
 
