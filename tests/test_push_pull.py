@@ -339,7 +339,7 @@ class Slow(RangeHandler):
 
     def do_GET(self) -> None:
         if "hidden" in self.path:
-            time.sleep(0.3)
+            time.sleep(0.3 if "hidden-0" in self.path else 3)
         super().do_GET()
 
 

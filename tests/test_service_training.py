@@ -316,7 +316,7 @@ def test_ctrl_c_is_not_kept_waiting_by_a_silent_service(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("logitstore.prefetch.JOIN_S", 0.5)
-    monkeypatch.setattr("logitstore.served_store.SILENT_S", 8.0)
+    monkeypatch.setattr("logitstore.served_store.SILENT_S", 30.0)
     store = missed(world, 1, tmp_path / "s.zarr")
     with serving(store.folder, teacher=teaching(world)) as upstream, proxied(upstream) as (proxy, url):
         stalled = threading.Event()
