@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.entries import ShardEntry, damaged
+from logitstore.entries import ShardEntry, unreadable
 from logitstore.errors import IncompatibleStoreError, StoreFormatError
-from logitstore.files import CannotList, Files, LocalFiles, require_damage
+from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.index import EMPTY, Table, block_counts, block_ends, common_length, find, key_hash, key_hashes
 from logitstore.key import document_key
 from logitstore.manifest import Manifest
@@ -202,8 +202,7 @@ class Catalog:
                 ) from error
             return set(index.known)
         except OSError as error:
-            require_damage(error, f"{self._path}/shards")
-            raise damaged(f"{self._path}/shards", f"cannot be read ({error})") from error
+            raise unreadable(f"{self._path}/shards", error) from error
 
     def place(self, number: int) -> tuple[Shard, int]:
         """The shard of a document, by its number among all, and its number there."""

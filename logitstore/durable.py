@@ -63,7 +63,7 @@ def read_whole(handle: FileIO, size: int) -> bytes:
     while size and (piece := handle.read(size)):
         pieces.append(piece)
         size -= len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    return b"".join(pieces)
 
 
 @contextmanager

@@ -152,6 +152,16 @@ def damaged(path: object, fault: str) -> CorruptStoreError:
     )
 
 
+def unreadable(path: object, error: OSError | ValueError) -> CorruptStoreError:
+    """The same for one that cannot be read.
+
+    Raises:
+        StoreLostError: this time only; see `require_damage`.
+    """
+    require_damage(error, path)
+    return damaged(path, f"cannot be read ({error})")
+
+
 def require_outside_stores(path: Path) -> None:
     """Check that `path` does not lie inside a store, in which every file is accounted for.
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from logitstore import hidden_states, position_streams, streams
 from logitstore.chunks import ShardedFile, unpack
 from logitstore.codec import Codes, from_record, head_mask, to_record
-from logitstore.entries import damaged, read_entry
-from logitstore.files import CannotList, Files, require_damage
+from logitstore.entries import damaged, read_entry, unreadable
+from logitstore.files import CannotList, Files
 from logitstore.index import block_counts, block_hashes
 from logitstore.key import KEY_BYTES
 from logitstore.recipe import DocumentRecord, Recipe
@@ -302,8 +302,7 @@ class Shard:
             self._check("documents/" if name in ("documents", "blocks") else "")
             return read()
         except (ValueError, OSError) as error:
-            require_damage(error, f"{self.where}/{name}")
-            raise damaged(f"{self.where}/{name}", f"cannot be read ({error})") from error
+            raise unreadable(f"{self.where}/{name}", error) from error
 
     def _check(self, folder: str) -> None:
         """Hold files against their digests: those of the documents, or, once, all of the shard."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore.chunks import CRC, unpack
-from logitstore.entries import damaged
+from logitstore.entries import damaged, unreadable
 from logitstore.errors import CorruptStoreError
 from logitstore.files import Files, require_damage
 from logitstore.index import Table
@@ -147,8 +147,7 @@ def read_index(files: Files, where: object) -> StoredIndex | None:
         except FileNotFoundError:
             return None
         except OSError as error:
-            require_damage(error, f"{where}/{FOLDER}")
-            raise damaged(f"{where}/{FOLDER}", f"cannot be read ({error})") from error
+            raise unreadable(f"{where}/{FOLDER}", error) from error
         except CorruptStoreError:
             try:
                 if begun is None or read_group(files, FOLDER) == begun:
@@ -179,8 +178,7 @@ def indexed_shards(files: Files, where: object) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        require_damage(error, path)
-        raise damaged(path, f"cannot be read ({error})") from error
+        raise unreadable(path, error) from error
 
 
 def write_index(

@@ -19,9 +19,9 @@ from logitstore.catalog import Catalog
 from logitstore.chunks import unpack
 from logitstore.codec import Codes, concatenated
 from logitstore.durable import alone_in, beginning, cannot_write, publish, sync
-from logitstore.entries import damaged, read_root, root_attributes, shard_name
+from logitstore.entries import read_root, root_attributes, shard_name, unreadable
 from logitstore.errors import CorruptStoreError, StoreWriteError
-from logitstore.files import CannotList, Files, LocalFiles, require_damage
+from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord
 from logitstore.sealed import GROUP, file_digest, file_entries, file_problems, read_group, seal_group, unseal_group
@@ -88,8 +88,7 @@ class ZarrStore:
         try:
             tokens = read_tokens(self.manifest.tokenizer.size, read)
         except (OSError, ValueError) as error:
-            require_damage(error, f"{self.path}/vocabulary")
-            raise damaged(f"{self.path}/vocabulary", f"cannot be read ({error})") from error
+            raise unreadable(f"{self.path}/vocabulary", error) from error
         return Vocabulary(tokens, self.root.special_ids, self.root.bos_id, self.root.eos_id)
 
     def refresh(self) -> None:
@@ -143,8 +142,7 @@ class ZarrStore:
             seals = (self.files.read(f"shards/{name}/{GROUP}") for name in sorted(self.shard_names))
             return file_digest("\n".join([self.manifest.fingerprint, *map(file_digest, seals)]).encode())
         except OSError as error:
-            require_damage(error, f"{self.path}/shards")
-            raise damaged(f"{self.path}/shards", f"cannot be read ({error})") from error
+            raise unreadable(f"{self.path}/shards", error) from error
 
     def plane_bytes(self) -> dict[str, int]:
         """The same for each kind of array, and for metadata."""
@@ -264,8 +262,7 @@ class ZarrStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            require_damage(error, f"{self.path}/{name}")
-            raise damaged(f"{self.path}/{name}", f"cannot be read ({error})") from error
+            raise unreadable(f"{self.path}/{name}", error) from error
 
     def save_fidelity(self, fidelity: dict[str, Any]) -> None:
         """See `contract.Store`."""

@@ -155,10 +155,7 @@ def info(store: str, as_json: bool) -> None:
 @click.option("--live", type=click.IntRange(min=1), help="Ask the teacher again for N documents chosen at random.")
 @click.option("--teacher", help=f"For --live and --repair, the one that built the store. {TEACHER}")
 @click.option("--adapter-path", help="A LoRA adapter of the teacher.")
-@click.option(
-    "--dataset",
-    help="For --repair: what the store was built from; most damage loses tokens too.",
-)
+@click.option("--dataset", help="For --repair: what the store was built from; most damage loses tokens too.")
 @click.option("--split", default="train", show_default=True, help="Which split of it.")
 @click.option("--max-seq-length", default=2048, show_default=True, help="At which its documents were cut.")
 @click.option(
