@@ -10,12 +10,13 @@ from tqdm import tqdm
 
 from logitstore.errors import ConfigError
 from logitstore.folder_destination import FolderDestination
+from logitstore.http_client import NotThereError
 from logitstore.http_files import HttpFiles
 from logitstore.hub import HubDestination, hub_source
 from logitstore.moved import Destination, Source
 from logitstore.object_destination import ObjectDestination
 from logitstore.remote_files import RemoteFiles
-from logitstore.service_client import NotThereError, ServiceClient
+from logitstore.service_client import ServiceClient
 from logitstore.service_destination import ServiceDestination, service_parts
 from logitstore.store import files_of, is_lmdb_store
 from logitstore.transfer import JOBS, MoveReport, move

@@ -26,14 +26,15 @@ from logitstore.errors import (
     StoreNotFoundError,
     StoreWriteError,
 )
+from logitstore.http_client import PATIENCE_S as IMPATIENCE_S
+from logitstore.http_client import SILENT_S, TOKEN, RefusedError
 from logitstore.http_files import HttpFiles
 from logitstore.manifest import Manifest
 from logitstore.mirror import Mirror
 from logitstore.overlay import STORE, TAUGHT, folder_of, remove_left, used
 from logitstore.recipe import DocumentRecord
 from logitstore.sealed import GROUP
-from logitstore.service_client import PATIENCE_S as IMPATIENCE_S
-from logitstore.service_client import SILENT_S, TOKEN, RefusedError, ServiceClient
+from logitstore.service_client import ServiceClient
 from logitstore.stack import Stack
 from logitstore.store import create_store, open_store
 from logitstore.targets import SparseTargets

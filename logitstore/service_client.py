@@ -1,63 +1,49 @@
-"""Speaks HTTP to a service, or to a plain web server: the only file that does, with `httpx2`.
+"""What a service, or a plain web server, is asked about one store; `http_client` says how.
 
-Asks again where that may help: a connection that fails or is cut, 429 and 5xx with the wait that the server names, each
-wait twice as long as the one before and never the same for two clients. A file that was cut goes on where it was. What
-brings nothing new within `patience_s` is `ServiceLostError`; what is refused is told as the server tells it. Everything
-that a server may send is bounded.
+A file that was cut goes on where it was, and so do the answers to documents: each comes once.
 """
 
 import json
-import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from contextlib import suppress
+from typing import Any
+from urllib.parse import quote
 
-import httpx2
 import numpy as np
 import numpy.typing as npt
 
 from logitstore.entries import SHARD_NAME
-from logitstore.errors import ConfigError, ServiceError, ServiceLostError, WireError, first_line
+from logitstore.errors import ConfigError, ServiceError, ServiceLostError, WireError
+from logitstore.http_client import (
+    AGAIN,
+    CUT,
+    MOST_ERROR_BYTES,
+    HttpClient,
+    NotThereError,
+    RefusedError,
+    bounded,
+    is_url,
+    one_line,
+)
 from logitstore.recipe import Recipe
 from logitstore.wire import Answer, Kind, read_answers
 
-TOKEN = "LOGITSTORE_TOKEN"
-"""The environment variable that holds a client's token."""
-CONNECT_S, SILENT_S = 10.0, 60.0
-PATIENCE_S = 10.0
-"""Of a command that somebody waits for; a training run has more."""
-FIRST_WAIT_S, LAST_WAIT_S = 0.25, 15.0
 BUSY_S = 1800.0
 """A service that says 429 is there, and has much to do: so long it is asked again for answers of its teacher."""
-AGAIN = {408, 425, 429, 500, 502, 503, 504, 507}
-MOST_JSON_BYTES, MOST_ERROR_BYTES = 8 << 20, 1 << 16
 MOST_DOCUMENTS, MOST_TOKENS = 64, 1 << 15
 """Documents and their tokens that are asked for in one request; a longer document is not asked for."""
-MOST_REASON = 500
-TOLD_AFTER_S = 5.0
-"""When the user is told that somebody is waited for."""
 MOST_NAMED = 20
 """Stores that are listed where one was not found."""
 IDENTITY = {"Accept-Encoding": "identity"}
 """Of files: what was cut can only go on where the bytes that are sent are the file's own."""
 
-T = TypeVar("T")
 
-
-class ServiceClient:
-    """A store's URL, and what may be asked there. Safe for several threads.
-
-    Args:
-        url: http(s)://HOST[:PORT]/[PATH/]NAME.
-        token: by default that of the environment.
-        patience_s: so long is asked again before a service counts as lost; by default PATIENCE_S.
-        say: takes a line of text for the user.
+class ServiceClient(HttpClient):
+    """A store's URL, http(s)://HOST[:PORT]/[PATH/]NAME, and what may be asked there.
 
     Raises:
-        ConfigError: no such URL.
+        ConfigError: no such URL; or as for `HttpClient`.
     """
 
     def __init__(
@@ -68,38 +54,11 @@ class ServiceClient:
         sleep: Callable[[float], object] = time.sleep,
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self.url = url.rstrip("/")
-        base, _, self.name = self.url.rpartition("/")
-        if not _is_url(self.url) or base.endswith(":/"):
+        base, _, self.name = url.rstrip("/").rpartition("/")
+        if not is_url(url) or base.endswith(":/"):
             raise ConfigError(f"{url} is not the URL of a store; type one such as https://HOST:8470/NAME")
         self.api = f"{base}/v1/stores/{quote(self.name, safe='%')}"
-        token = os.environ.get(TOKEN, "") if token is None else token
-        if not token.isascii() or not token.isprintable():
-            raise ConfigError(f"{TOKEN} is no token: `logitstore token new` prints one")
-        self.patience_s = PATIENCE_S if patience_s is None else patience_s
-        self.silent_s = SILENT_S
-        """So long an answer may stop for."""
-        self._sleep, self._say = sleep, say
-        self._told_until = 0.0
-        try:
-            self._client = httpx2.Client(
-                headers={"Authorization": f"Bearer {token}"} if token else {},
-                limits=httpx2.Limits(max_connections=16),
-            )
-        except OSError as error:  # an SSLError is one
-            raise ConfigError(
-                f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read ({error.strerror or error}); type "
-                "SSL_CERT_FILE=cert.pem with the path of a PEM file"
-            ) from error
-
-    def close(self) -> None:
-        """Close its connections."""
-        client = getattr(self, "_client", None)
-        if client is not None:
-            client.close()
-
-    def __del__(self) -> None:
-        self.close()
+        super().__init__(url.rstrip("/"), token, patience_s, sleep, say)
 
     def facts(self) -> dict[str, Any] | None:
         """What the service says of the store; None where this is a plain web server.
@@ -119,7 +78,7 @@ class ServiceClient:
             return None  # a web server that answers everything with a page
         return found if isinstance(found, dict) and "teacher_state" in found else None
 
-    def _unknown(self, error: "RefusedError") -> "RefusedError":
+    def _unknown(self, error: RefusedError) -> RefusedError:
         """A service's 404, with the names of the stores that it has."""
         base = self.api.rpartition("/")[0]
         with suppress(ServiceError, TypeError, KeyError):
@@ -147,24 +106,6 @@ class ServiceClient:
         ):
             raise WireError(f"{self.api}/shards says what no service says")
         return names
-
-    def json(self, method: str, url: str, content: bytes | None = None) -> Any:
-        """A JSON answer.
-
-        Raises:
-            NotThereError: 404.
-            ServiceLostError, ServiceError, WireError: as their names say.
-        """
-
-        def once() -> Any:
-            with self.answer(method, url, content) as response:
-                body = b"".join(bounded(response, MOST_JSON_BYTES))
-            try:
-                return json.loads(body)
-            except (ValueError, RecursionError):
-                raise WireError(f"{url} answers what is no JSON") from None
-
-        return self.again(once, url)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """The bytes start .. stop - 1 of a file of the store, as `files.Files.read`.
@@ -208,7 +149,7 @@ class ServiceClient:
                 if error.status not in AGAIN:
                     raise
                 fault: Exception = error
-            except (httpx2.TransportError, httpx2.DecodingError) as error:
+            except CUT as error:
                 fault = error
             if at > before:
                 waits = self._waits(name)  # it goes on: patience begins anew
@@ -225,7 +166,7 @@ class ServiceClient:
             with self.answer("PUT", url, pieces) as response:
                 for _ in bounded(response, MOST_ERROR_BYTES):
                     pass
-        except (httpx2.TransportError, httpx2.DecodingError) as error:
+        except CUT as error:
             raise ServiceLostError(
                 f"{self.url} has broken off ({type(error).__name__}); what has arrived is kept, type the same command "
                 "again"
@@ -279,7 +220,7 @@ class ServiceClient:
                     if answer.kind != Kind.FULL and left.pop(answer.document, None) is not None:
                         yield answer
                 fault: Exception = ServiceLostError("the service cannot keep its answers")
-            except (httpx2.TransportError, httpx2.DecodingError, WireError, RefusedError) as error:
+            except (*CUT, WireError, RefusedError) as error:
                 if isinstance(error, RefusedError) and error.status not in AGAIN:
                     raise
                 fault = error
@@ -298,148 +239,6 @@ class ServiceClient:
         with self.answer("POST", f"{self.api}/targets", body) as response:
             for answer in read_answers(response.iter_bytes(), list(documents.values()), recipe):
                 yield Answer(numbers[answer.document], answer.kind, answer.record, answer.reason)
-
-    @contextmanager
-    def answer(
-        self,
-        method: str,
-        url: str,
-        content: bytes | Iterator[bytes] | None = None,
-        headers: Mapping[str, str] | None = None,
-        besides: "set[int] | frozenset[int]" = frozenset(),
-    ) -> Iterator[httpx2.Response]:
-        """One attempt: an answer whose body is read in the block.
-
-        Args:
-            besides: statuses that are not refusals.
-
-        Raises:
-            NotThereError, RefusedError: 404; another status that is none of success.
-            httpx2.TransportError: no answer, or one that was cut.
-        """
-        timeout = httpx2.Timeout(self.silent_s, connect=min(CONNECT_S, self.silent_s))
-        sent = dict(headers or {})
-        with self._client.stream(method, url, content=content, headers=sent, timeout=timeout) as response:
-            if not response.is_success and response.status_code not in besides:
-                raise _refusal(url, response)
-            yield response
-
-    def again(self, attempt: Callable[[], T], what: str) -> T:
-        """Try until it goes well, patience ends, or it is refused for good.
-
-        Raises:
-            ServiceLostError, ServiceError: as their names say.
-        """
-        waits = self._waits(what)
-        while True:
-            try:
-                return attempt()
-            except RefusedError as error:
-                if error.status not in AGAIN:
-                    raise
-                waits(error)
-            except (httpx2.TransportError, httpx2.DecodingError) as error:
-                waits(error)
-
-    def _waits(self, what: str, patience_s: float | None = None) -> Callable[[Exception], None]:
-        """A function that waits before the next attempt, or raises ServiceLostError when patience has ended."""
-        started, attempt = time.monotonic(), 0
-        patience_s = self.patience_s if patience_s is None else patience_s
-
-        def wait(error: Exception) -> None:
-            nonlocal attempt
-            if (advice := _tls_advice(error)) is not None:
-                raise ServiceLostError(f"{self.url}: {first_line(error)}; {advice}") from error
-            wait_s = min(FIRST_WAIT_S * 2**attempt, LAST_WAIT_S) * (0.5 + random.random())
-            if isinstance(error, RefusedError):
-                wait_s = max(wait_s, error.wait_s)
-            why = str(error) if isinstance(error, ServiceError) else f"{type(error).__name__}: {first_line(error)}"
-            waited_s = time.monotonic() + wait_s - started
-            if waited_s > TOLD_AFTER_S:
-                self._tell(f"waiting for {self.url} ({why})", patience_s)
-            if waited_s > patience_s:
-                raise ServiceLostError(
-                    f"{what} of {self.url} does not answer, asked {attempt + 1} times ({why}); is the service up, "
-                    "and is this its address?"
-                ) from error
-            attempt += 1
-            self._sleep(wait_s)
-
-        return wait
-
-    def _tell(self, line: str, once_in_s: float) -> None:
-        """Tell the user, once where many threads wait."""
-        now = time.monotonic()
-        if now >= self._told_until:
-            self._told_until = now + once_in_s
-            self._say(line)
-
-
-class RefusedError(ServiceError):
-    """A status that is none of success."""
-
-    def __init__(self, message: str, status: int, wait_s: float = 0, *, by_service: bool = False) -> None:
-        super().__init__(message)
-        self.status, self.wait_s, self.by_service = status, wait_s, by_service
-
-
-class NotThereError(RefusedError):
-    """404."""
-
-
-def bounded(response: httpx2.Response, most: int) -> Iterator[bytes]:
-    """The pieces of a body of at most so many bytes.
-
-    Raises:
-        WireError: it is longer.
-    """
-    taken = 0
-    for piece in response.iter_bytes():
-        taken += len(piece)
-        if taken > most:
-            raise WireError(f"an answer of more than {most:,} bytes")
-        yield piece
-
-
-def _refusal(url: str, response: httpx2.Response) -> RefusedError:
-    by_service, why = False, response.reason_phrase or "no reason given"
-    with suppress(ValueError, KeyError, TypeError, RecursionError, WireError, httpx2.TransportError):
-        body = b"".join(bounded(response, MOST_ERROR_BYTES))
-        by_service, why = True, one_line(json.loads(body)["error"])
-    kind = NotThereError if response.status_code == 404 else RefusedError
-    asked = response.headers.get("retry-after", "")
-    wait_s = min(float(asked), LAST_WAIT_S) if asked.isdecimal() else 0.0
-    status = response.status_code
-    if status == 401 and TOKEN not in why:
-        made = (
-            "" if "ask whoever" in why else "a token, which whoever runs the service makes with `logitstore token new`"
-        )
-        why = f"{why}; set {TOKEN} to {made or 'that'}"
-    return kind(f"{url} answers {status}: {why}", status, wait_s, by_service=by_service)
-
-
-def _tls_advice(error: Exception) -> str | None:
-    """What to type about a fault that no waiting mends; None of another."""
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "type SSL_CERT_FILE=cert.pem with its certificate, or that of who signed it, before the command"
-    if "WRONG_VERSION_NUMBER" in str(error):
-        return "it does not speak TLS; type http:// in the place of https://"
-    return None
-
-
-def one_line(text: object) -> str:
-    """What a server says, as a line that moves no cursor."""
-    return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:MOST_REASON]
-
-
-def _is_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        whole = parts.port is None or parts.port > 0
-        httpx2.URL(url)
-    except (ValueError, httpx2.InvalidURL):
-        return False
-    return whole and parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
 
 
 def _as_many_as_may(left: Mapping[int, npt.NDArray[np.integer]]) -> dict[int, npt.NDArray[np.integer]]:

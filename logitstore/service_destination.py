@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from logitstore.errors import CorruptStoreError, ServiceLostError, StoreWriteError, WireError
+from logitstore.http_client import RefusedError
 from logitstore.http_files import HttpFiles
 from logitstore.moved import Pieces, Source
 from logitstore.parts import ROOT, Part, is_part_name
 from logitstore.sealed import GROUP, read_group
-from logitstore.service_client import RefusedError, ServiceClient
+from logitstore.service_client import ServiceClient
 from logitstore.stored_index import FOLDER as INDEX
 
 T = TypeVar("T")

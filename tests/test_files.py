@@ -250,8 +250,8 @@ class FolderHandler(SimpleHTTPRequestHandler):
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logitstore.remote_files.TIMEOUT_S", 1)
     monkeypatch.setattr("logitstore.remote_files.RETRIES", 2)
-    monkeypatch.setattr("logitstore.service_client.SILENT_S", 1)
-    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 2)
+    monkeypatch.setattr("logitstore.http_client.SILENT_S", 1)
+    monkeypatch.setattr("logitstore.http_client.PATIENCE_S", 2)
 
 
 def test_a_store_behind_http_reads_equal_and_each_file_is_fetched_once(store: ZarrStore) -> None:

@@ -39,7 +39,7 @@ ONLY_IN = {
     "starlette": {"logitstore.service.*"},
     "uvicorn": {"logitstore.service.connections", "logitstore.service.serve"},
     "prometheus_client": {"logitstore.service.meters"},
-    "httpx2": {"logitstore.service_client"},
+    "httpx2": {"logitstore.http_client"},
 }
 NEED_MLX = {
     f"logitstore.{name}"

@@ -32,9 +32,9 @@ MOST = 10**9
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitstore.service_client.SILENT_S", 1)
-    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 2)
-    monkeypatch.setattr("logitstore.service_client.FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr("logitstore.http_client.SILENT_S", 1)
+    monkeypatch.setattr("logitstore.http_client.PATIENCE_S", 2)
+    monkeypatch.setattr("logitstore.http_client.FIRST_WAIT_S", 0.02)
 
 
 @pytest.fixture

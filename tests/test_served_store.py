@@ -46,8 +46,8 @@ class Guesser:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 0.3)
-    monkeypatch.setattr("logitstore.service_client.FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr("logitstore.http_client.PATIENCE_S", 0.3)
+    monkeypatch.setattr("logitstore.http_client.FIRST_WAIT_S", 0.02)
     monkeypatch.setattr("logitstore.served_store.PATIENCE_S", 0.3)
     monkeypatch.setattr("logitstore.served_store.SILENT_S", 1)
     monkeypatch.setattr("logitstore.served_store.IMPATIENCE_S", 1)

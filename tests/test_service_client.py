@@ -29,9 +29,9 @@ LENGTHS = (9, 70, 2)
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitstore.service_client.SILENT_S", 0.5)
-    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 2)
-    monkeypatch.setattr("logitstore.service_client.FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr("logitstore.http_client.SILENT_S", 0.5)
+    monkeypatch.setattr("logitstore.http_client.PATIENCE_S", 2)
+    monkeypatch.setattr("logitstore.http_client.FIRST_WAIT_S", 0.02)
     monkeypatch.delenv("LOGITSTORE_TOKEN", raising=False)
 
 
@@ -67,7 +67,7 @@ def test_a_file_that_is_cut_again_and_again_goes_on_where_it_was(
     (proxy, client), (name, data) = service, shard_file(store)
     proxy.fault = lambda _: Fault("cut", 40)
     client.patience_s = 0.2  # much less than all attempts take together
-    monkeypatch.setattr("logitstore.service_client.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("logitstore.http_client.FIRST_WAIT_S", 0.01)
     assert client.read(name) == data and client.read(name, 5, 100) == data[5:100]
     assert len(proxy.asked) > len(data) // 41
 
@@ -94,7 +94,7 @@ def test_a_service_that_is_silent_or_gone_is_lost_within_bounded_time(service: t
 
 
 def test_a_wait_is_told_once_however_many_wait(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitstore.service_client.TOLD_AFTER_S", 0.01)
+    monkeypatch.setattr("logitstore.http_client.TOLD_AFTER_S", 0.01)
     said: list[str] = []
     with (
         serving(store.folder) as url,

@@ -48,8 +48,8 @@ def expected(world: World, tmp_path_factory: pytest.TempPathFactory) -> list[Lin
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 1.0)
-    monkeypatch.setattr("logitstore.service_client.FIRST_WAIT_S", 0.05)
+    monkeypatch.setattr("logitstore.http_client.PATIENCE_S", 1.0)
+    monkeypatch.setattr("logitstore.http_client.FIRST_WAIT_S", 0.05)
     monkeypatch.setattr("logitstore.served_store.PATIENCE_S", 2.0)
     monkeypatch.setattr("logitstore.served_store.PROBED_S", 1.0)
 
@@ -146,8 +146,8 @@ def test_a_service_that_is_killed_and_started_again_on_the_way(
     world: World, expected: list[Line], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("logitstore.served_store.PATIENCE_S", 60.0)
-    monkeypatch.setattr("logitstore.service_client.PATIENCE_S", 60.0)
-    monkeypatch.setattr("logitstore.service_client.LAST_WAIT_S", 0.5)
+    monkeypatch.setattr("logitstore.http_client.PATIENCE_S", 60.0)
+    monkeypatch.setattr("logitstore.http_client.LAST_WAIT_S", 0.5)
     store, port, said = missed(world, 1, tmp_path / "s.zarr"), free_port(), list[str]()
     services = [start_service(world, store.folder, port)]
     try:

@@ -22,6 +22,7 @@ import pytest
 
 from logitstore.errors import LogitstoreError
 from logitstore.files import LocalFiles
+from logitstore.http_client import RefusedError
 from logitstore.incoming import FOLDER as INCOMING
 from logitstore.incoming import Incoming
 from logitstore.parts import Part, part_of
@@ -29,7 +30,7 @@ from logitstore.places import push
 from logitstore.sealed import GROUP, file_digest, seal_group, unseal_group
 from logitstore.service.tokens import new_token
 from logitstore.service.upload import RejectedError, Upload
-from logitstore.service_client import RefusedError, ServiceClient
+from logitstore.service_client import ServiceClient
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
 from tests.guessing import until
