@@ -1,4 +1,4 @@
-"""One shard: documents that were finished together, written once. FORMAT.md says what lies where.
+"""One shard as it is read: documents that were finished together, written once. FORMAT.md says what lies where.
 
 Reading takes a part of a file and holds it against a checksum; the first look into a shard holds all of its files
 against their digests.
@@ -7,7 +7,6 @@ against their digests.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,10 +14,10 @@ import numpy.typing as npt
 
 from logitstore import hidden_states, position_streams, streams
 from logitstore.chunks import ShardedFile, unpack
-from logitstore.codec import Codes, from_record, head_mask, to_record
+from logitstore.codec import Codes, to_record
 from logitstore.entries import damaged, read_entry, unreadable
 from logitstore.files import CannotList, Files
-from logitstore.index import block_counts, block_hashes
+from logitstore.index import block_counts
 from logitstore.key import KEY_BYTES
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.sealed import GROUP, Problem, file_problems, read_group
@@ -28,49 +27,6 @@ T = TypeVar("T")
 
 DOCUMENT_BYTES = KEY_BYTES + 8
 """Of a row of `documents`: its key, its number of tokens (u32) and its first token (u32)."""
-
-
-def write_shard(folder: Path, documents: Sequence[DocumentRecord], recipe: Recipe) -> None:
-    """Write the arrays of a shard into a folder that is there."""
-    from logitstore.zarr_arrays import write_array, write_chunks, write_planes
-
-    form = recipe.form
-    records = np.concatenate([document.records for document in documents])
-    labels = np.concatenate([document.token_ids[1:] for document in documents])
-    sets = [from_record(records[:, recipe.columns(number)], form) for number in range(recipe.sets)]
-    position = records[:, recipe.columns(recipe.sets)]
-
-    counts = np.zeros(recipe.vocab_size, np.int64)
-    for codes in sets:
-        kept = form.sampled_tail | head_mask(codes.head_count, form.selection.k)
-        counts += np.bincount(codes.ids[np.broadcast_to(kept, codes.ids.shape)], minlength=recipe.vocab_size)
-    ranks = Ranks.fit(counts)
-    rank_of = ranks.table()
-
-    n = chunk_positions(len(records), form)
-    parts = [slice(at, at + n) for at in range(0, len(records), n)]
-    for number, codes in enumerate(sets):
-        chunks = (streams.to_streams(codes.rows(rows), form, rank_of) for rows in parts)
-        write_chunks(folder, f"entries-{number}", chunks, streams.most_chunk_bytes(n, form))
-    first = sets[0]
-    beside = (
-        position_streams.to_streams(position[rows], labels[rows], first.rows(rows), form, rank_of) for rows in parts
-    )
-    write_chunks(folder, "positions", beside, position_streams.most_chunk_bytes(n, form, len(recipe.log_z)))
-
-    m = hidden_states.chunk_positions(len(records), recipe.hidden_size)
-    for number in range(len(recipe.hidden_layers)):
-        layer = records[:, recipe.layer_columns(number)]
-        cut = (hidden_states.to_streams(layer[at : at + m], recipe.hidden_size) for at in range(0, len(layer), m))
-        most = m * hidden_states.layer_width(recipe.hidden_size)
-        write_chunks(folder, f"hidden-{number}", cut, most, level=hidden_states.ZSTD_LEVEL)
-
-    heads = np.array([(len(document.token_ids), document.token_ids[0]) for document in documents], "<u4")
-    keys = np.frombuffer(b"".join(document.key for document in documents), np.uint8).reshape(-1, KEY_BYTES)
-    write_array(folder, "documents", np.concatenate([keys, heads.view(np.uint8)], axis=1))
-    hashes = [value for document in documents for value in block_hashes(document.token_ids)]
-    write_array(folder, "blocks", np.array(hashes, np.uint64))
-    write_planes(folder, "ranks", ranks.common)
 
 
 class Shard:

@@ -1,16 +1,14 @@
 """A store as a Zarr v3 hierarchy: shards that appear by one rename, complete, and an index over them.
 
-What is being written lives in names that begin with a dot. Opening reads the root and the index, or each shard's
+What lies in names that begin with a dot is not finished. Opening reads the root and the index, or each shard's
 documents where the index does not know it yet.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +16,20 @@ import numpy.typing as npt
 from logitstore.catalog import Catalog
 from logitstore.chunks import unpack
 from logitstore.codec import Codes, concatenated
-from logitstore.durable import alone_in, beginning, cannot_write, publish, sync
-from logitstore.entries import read_root, root_attributes, shard_name, unreadable
+from logitstore.durable import beginning, publish
+from logitstore.entries import read_root, unreadable
 from logitstore.errors import CorruptStoreError, StoreWriteError
 from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord
-from logitstore.sealed import GROUP, file_digest, file_entries, file_problems, read_group, seal_group, unseal_group
-from logitstore.shard import Shard, write_shard
+from logitstore.sealed import GROUP, file_digest, file_problems, read_group, unseal_group
+from logitstore.shard import Shard
 from logitstore.stored_index import FOLDER
-from logitstore.stored_vocabulary import LEVEL, lengths, read_tokens, text
+from logitstore.stored_vocabulary import read_tokens
 from logitstore.streams import from_shards
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
+from logitstore.zarr_writer import write_documents, write_fidelity, write_index, write_root
 
 if TYPE_CHECKING:
     from logitstore.journal import ShardWriter
@@ -70,7 +69,7 @@ class ZarrStore:
         """
         with beginning(path) as partial:
             if partial is not None:
-                _write_root(partial, manifest, vocabulary)
+                write_root(partial, manifest, vocabulary)
                 publish(partial, path)
         return cls(LocalFiles(path), path)
 
@@ -266,24 +265,7 @@ class ZarrStore:
 
     def save_fidelity(self, fidelity: dict[str, Any]) -> None:
         """See `contract.Store`."""
-        final = self.folder / "fidelity" / GROUP
-        partial = final.with_name(f".partial-{uuid4().hex}")
-        try:
-            final.parent.mkdir(exist_ok=True)
-            with alone_in(self.folder) as alone:
-                if alone:  # then what lies there is of a process that was killed
-                    for left in final.parent.glob(".partial-*"):
-                        left.unlink()
-                try:
-                    partial.write_bytes(seal_group(fidelity))
-                    sync(partial)
-                    partial.rename(final)
-                    sync(final.parent)
-                    sync(self.folder)
-                finally:
-                    partial.unlink(missing_ok=True)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+        write_fidelity(self.folder, fidelity)
         if isinstance(self.files, LocalFiles):
             self.files.close()  # the handle of what was there before
 
@@ -303,26 +285,7 @@ class ZarrStore:
         Raises:
             StoreWriteError: full disk or no permission.
         """
-        folder = self.folder / "shards"
-        partial = folder / f".partial-{writer}"
-        try:
-            try:
-                if partial.exists():
-                    shutil.rmtree(partial)
-                partial.mkdir()
-                write_shard(partial, documents, self.manifest.recipe)
-                entry = {
-                    "documents": len(documents),
-                    "positions": sum(len(document.records) for document in documents),
-                    "fingerprint": self.manifest.fingerprint,
-                    "files": file_entries(partial),
-                }
-                (partial / GROUP).write_bytes(seal_group(entry))
-                publish(partial, folder / shard_name(b"".join(document.key for document in documents)))
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
+        write_documents(self.folder, documents, self.manifest, writer)
         self.refresh()
 
     def save_index(self) -> None:
@@ -331,29 +294,7 @@ class ZarrStore:
         Raises:
             StoreWriteError: full disk or no permission.
         """
-        folder = self.folder
-        partial, old = (folder / f".partial-{name}-{uuid4().hex}" for name in ("index", "old"))
-        try:
-            with alone_in(folder) as alone:
-                if alone:
-                    for left in folder.glob(".partial-*"):
-                        shutil.rmtree(left)
-                self.refresh()  # after the wait: another may have finished shards
-                names = sorted(self.shard_names)
-                if not names or (self.catalog.index is not None and self.catalog.index.shards == names):
-                    return
-                partial.mkdir()
-                try:
-                    self.catalog.write_index(partial, names)
-                    if (folder / FOLDER).exists():
-                        (folder / FOLDER).rename(old)
-                    publish(partial, folder / FOLDER)
-                finally:
-                    for left in (partial, old):
-                        shutil.rmtree(left, ignore_errors=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-        self.catalog.forget_index()
+        write_index(self.folder, self.catalog)
 
     @property
     def folder(self) -> Path:
@@ -386,16 +327,3 @@ class ZarrStore:
         codes = shard.codes(recipe.set_number(temperature, replica), [(start, start + count)])
         position, _ = shard.positions(start, start + count)
         return recipe.read_codes(codes, position, shard.hidden(start, start + count), temperature)
-
-
-def _write_root(path: Path, manifest: Manifest, vocabulary: Vocabulary) -> None:
-    from logitstore.zarr_arrays import write_array, write_planes
-
-    (path / "shards").mkdir(parents=True)
-    (path / "shards" / GROUP).write_bytes(seal_group({}))
-    (path / "vocabulary").mkdir()
-    (path / "vocabulary" / GROUP).write_bytes(seal_group({}))
-    write_array(path / "vocabulary", "bytes", text(vocabulary.tokens), level=LEVEL)
-    write_planes(path / "vocabulary", "lengths", lengths(vocabulary.tokens), level=LEVEL)
-    root = root_attributes(manifest, vocabulary, file_entries(path))
-    (path / GROUP).write_bytes(seal_group(root))

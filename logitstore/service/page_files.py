@@ -50,7 +50,8 @@ def routes() -> list[Route]:
 
     async def store(request: Request) -> Response:
         if "text/html" in request.headers.get("Accept", ""):
-            return RedirectResponse(f"/#/{quote(request.path_params['name'], safe='')}", 303)
+            # relative, for who serves it below a path of another server
+            return RedirectResponse(f"./#/{quote(request.path_params['name'], safe='')}", 303)
         line = (
             "a store's files lie below its name, as in /NAME/zarr.json; a browser shows it here, /v1/stores lists all"
         )
