@@ -182,6 +182,11 @@ def test_a_run_says_on_how_much_it_measures_and_takes_the_same_documents_each_ti
     options |= {"valid_split": None, "valid_dataset": str(world.folder / "data" / "valid.jsonl"), "on_miss": "skip"}
     train(world.config(tmp_path / "twice", iters=1, **options), said.append)
     assert [line for line in said if line.startswith("3 of these 4 are trained on too")]
+    assert not [line for line in said if line.endswith("miss")]
+    world.build(tmp_path / "one.zarr", dataset=str(write_jsonl(tmp_path / "one.jsonl", [{"text": VALID[0]}])))
+    options |= {"store": (str(tmp_path / "one.zarr"),), "on_miss": "hard-only"}
+    train(world.config(tmp_path / "lacks", iters=1, **options), said.append)
+    assert "held out: 1 of 4 documents are in the store, 3 miss" in said
 
 
 @pytest.mark.parametrize(

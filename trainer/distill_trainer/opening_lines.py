@@ -30,12 +30,16 @@ def between_bars(say: Callable[[str], object]) -> Callable[[str], object]:
 
 
 def say_coverage(
-    source: TargetSource, sequences: list[TokenSequence], config: TrainConfig, say: Callable[[str], object]
+    source: TargetSource,
+    sequences: list[TokenSequence],
+    held_out: list[TokenSequence],
+    config: TrainConfig,
+    say: Callable[[str], object],
 ) -> None:
     """Say before the first step how many documents the stores lack, and what will be done about them.
 
     Raises:
-        MissingTargetsError: there are some, and the policy is "error".
+        MissingTargetsError: there are some to be trained on, and the policy is "error".
     """
     missing = source.missing(sequences)
     if config.store:
@@ -44,6 +48,9 @@ def say_coverage(
         if source.asks_services:
             on_miss = f"the service's teacher is asked, else: {on_miss}"
         say(f"{there:,} of {len(sequences):,} documents are in the store, {missing:,} miss; on a miss: {on_miss}")
+        if lacking := source.missing(held_out):
+            told = f"{len(held_out) - lacking:,} of {len(held_out):,} documents are in the store, {lacking:,} miss"
+            say(f"held out: {told}")
     else:
         say(f"without a store all of {missing:,} documents miss: the teacher is asked, {SILENT[config.miss_policy]}")
     beyond = source.beyond(sequences) if config.max_teacher_length else 0

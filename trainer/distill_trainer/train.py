@@ -91,7 +91,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
             source = asked.enter_context(target_source(config, teachers, student.tokenizer, say, crosses=crosses))
             if not crosses:
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
-            say_coverage(source, sequences, config, say)
+            say_coverage(source, sequences, held_out, config, say)
         methods = methods_of(config, student, source, say)
         make_trainable(student, config, write_base=among.first)
         own = on_policy(config, student, sequences, source, say)
