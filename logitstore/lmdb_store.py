@@ -59,7 +59,7 @@ MOST_ALIKE = 64
 
 
 class LmdbStore:
-    """A store in one file. Open it with `logitstore.open_store`."""
+    """A store in one file; threads may read at once. `logitstore.open_store` opens it."""
 
     def __init__(self, path: Path) -> None:
         """Open a store.

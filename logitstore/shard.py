@@ -30,7 +30,7 @@ DOCUMENT_BYTES = KEY_BYTES + 8
 
 
 class Shard:
-    """A finished shard. Its entry is read at once, all else when it is asked for."""
+    """A finished shard. Its entry is read at once, all else when it is asked for. Safe for several threads."""
 
     def __init__(self, files: Files, name: str, recipe: Recipe, *, checked: bool = False) -> None:
         """Read the shard's entry.
@@ -47,7 +47,8 @@ class Shard:
         self._files, self._recipe = files, recipe
         self._n = chunk_positions(self.entry.positions, recipe.form)
         self._sharded: dict[str, ShardedFile] = {}
-        self._last: tuple[int, int, Chunk] | None = None
+        self._last: dict[int, tuple[int, Chunk]] = {}
+        """Of each set of entries the chunk that was read last, and its number."""
         self._last_positions: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int32]] | None = None
         self.checked = checked
 
@@ -203,15 +204,17 @@ class Shard:
         return parts
 
     def _chunk(self, number: int, chunk: int) -> Chunk:
-        if self._last is None or self._last[:2] != (number, chunk):
+        last = self._last.get(number)
+        if last is None or last[0] != chunk:
             form, n = self._recipe.form, self._n
             raw = self._sharded_file(f"entries-{number}", streams.most_chunk_bytes(n, form)).chunk(chunk)
             rows = min(n, self.entry.positions - chunk * n)
-            self._last = (number, chunk, Chunk(raw, rows, form))
-        return self._last[2]
+            last = self._last[number] = chunk, Chunk(raw, rows, form)
+        return last[1]
 
     def _position_chunk(self, chunk: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-        if self._last_positions is None or self._last_positions[0] != chunk:
+        last = self._last_positions
+        if last is None or last[0] != chunk:
             form, n, log_z = self._recipe.form, self._n, len(self._recipe.log_z)
             codes = self.codes(0, [(chunk * n, min(chunk * n + n, self.entry.positions))])
 
@@ -220,8 +223,8 @@ class Shard:
                 raw = self._sharded_file("positions", size).chunk(chunk)
                 return position_streams.from_streams(raw, codes, form, log_z, self.ranks)
 
-            self._last_positions = chunk, *self._decoding("positions", read)
-        return self._last_positions[1:]
+            last = self._last_positions = chunk, *self._decoding("positions", read)
+        return last[1:]
 
     def _hidden(self, number: int, start: int, stop: int) -> npt.NDArray[np.uint8]:
         m = self._hidden_n

@@ -40,7 +40,7 @@ MAP_PREFIX = "vocabulary-map-"
 
 
 class ZarrStore:
-    """A store in a folder, a zip file or behind a URL. Open it with `logitstore.open_store`."""
+    """A store in a folder, a zip file or behind a URL; threads may read at once. `logitstore.open_store` opens it."""
 
     def __init__(self, files: Files, path: Path | str) -> None:
         """Open a store.

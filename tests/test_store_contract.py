@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,27 @@ class StoreContract:
             assert are_equal(store.get(longer), expected) and store.answered(longer) == len(expected)
         other = np.concatenate([document.token_ids[:290], tokens(78, 20)])
         assert are_equal(store.get(other), expected, store.answered(other)) and store.answered(other) >= 289
+
+    def test_threads_that_read_at_once_each_get_their_own_rows(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("logitstore.streams.CHUNK_POSITIONS", 8)  # so that each reads other chunks
+        store = create_store(path, manifest(), VOCABULARY)
+        documents = records([9] * 40)
+        add(store, documents)
+        expected = [store.manifest.recipe.read(document.records) for document in documents]
+
+        def read(seed: int) -> bool:
+            numbers = np.random.default_rng(seed).integers(0, len(documents), 40).tolist()
+            return all(are_equal(store.get(documents[n].token_ids), expected[n]) for n in numbers)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            with ThreadPoolExecutor(8) as threads:
+                assert all(threads.map(read, range(8)))
+        finally:
+            sys.setswitchinterval(interval)
 
     def test_fewer_than_32_tokens_in_common_are_a_miss(self, store: Store) -> None:
         short, long = records(LENGTHS)[2], records(LENGTHS)[4]
