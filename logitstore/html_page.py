@@ -6,7 +6,7 @@ One file: no script, no other host, light or dark as the reader's system is.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from logitstore.plots import STYLE, Figure, Table, escape
+from logitstore.figure import STYLE, Figure, Table, escape
 
 PAGE_STYLE = """
 * { box-sizing: border-box; }

@@ -1,101 +1,13 @@
-"""Plots as inline SVG: pure functions, numbers to text, for `logitstore stats` and `tools/`.
+"""Plots as inline SVG: pure functions, numbers to a `figure.Figure`, for `logitstore stats` and `tools/`."""
 
-A figure carries its numbers as a table for those who cannot see it; `html_page` brings figures together. Every text
-passes `escape`, because names come from other people's stores.
-"""
-
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from logitstore.figure import SERIES, WIDTH, Figure, Table, escape, printable, svg_text
 from logitstore.scale import Scale, number, round_step, round_ticks
 
-WIDTH = 392  # in user units; near a phone's width in CSS pixels, so that text keeps its size there
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 30, 42
 CHARACTER = 6.5  # mean width of a letter of the 12 px text, rather too much than too little
-SERIES = 6
-STYLE = """
-:root { --page: #f6f7f9; --card: #fff; --ink: #16191f; --muted: #5c6570; --grid: #e4e7ec; --axis: #b4bbc6;
-  --c0: #2f6bd8; --c1: #d0602a; --c2: #17895d; --c3: #8450c4; --c4: #bd3558; --c5: #64707f; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #0f1216; --card: #171b21; --ink: #e8ebf0; --muted: #9aa4b1; --grid: #272d36; --axis: #4a5462;
-    --c0: #6ca2f8; --c1: #ef9560; --c2: #4cc496; --c3: #b48ef0; --c4: #ee7d98; --c5: #a2adbb; } }
-svg { display: block; font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  font-variant-numeric: tabular-nums; }
-svg text { fill: var(--muted); }
-svg .ink { fill: var(--ink); }
-svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
-svg .grid { stroke: var(--grid); stroke-width: 1; }
-svg .axis { stroke: var(--axis); stroke-width: 1; }
-svg .mean { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 3; }
-svg .track { fill: var(--grid); }
-svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
-svg .guide { fill: none; stroke: var(--muted); stroke-width: 1.25; stroke-dasharray: 2 4; }
-svg .halo { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
-"""
-STYLE += "".join(f"svg .f{i} {{ fill: var(--c{i}); }} svg .l{i} {{ stroke: var(--c{i}); }}\n" for i in range(SERIES))
-
-
-def printable(text: object) -> str:
-    """The text with what is no printable character (control, bidirectional override, lone surrogate) as U+FFFD."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
-
-
-def escape(text: object) -> str:
-    """The text as it may stand in HTML or XML, between tags or in a quoted attribute."""
-    return html.escape(printable(text), quote=True)
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of numbers, or of words, under a header; the first column names the row."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: bool = False
-    """Cells are texts: to the left, and over several lines where they are long."""
-
-    def html(self) -> str:
-        """As a <table>."""
-        head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in self.header)
-        rows = "".join(
-            f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-            for first, *rest in self.rows
-        )
-        kind = ' class="words"' if self.words else ""
-        return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A plot: SVG elements (`body`, already escaped) in a box of WIDTH x height, and the same in words and numbers."""
-
-    title: str
-    description: str
-    height: float
-    body: str
-    table: Table
-
-    def svg(self) -> str:
-        """As an <svg> for a page, which brings the style."""
-        return f'<svg viewBox="0 0 {WIDTH} {self.height:g}" {self._spoken()}>{self.body}</svg>'
-
-    def html(self) -> str:
-        """As a <figure> with its title, the plot and the numbers."""
-        numbers = f'<details><summary>Numbers</summary><div class="scroll">{self.table.html()}</div></details>'
-        return f"<figure><figcaption>{escape(self.title)}</figcaption>{self.svg()}{numbers}</figure>"
-
-    def document(self) -> str:
-        """As an SVG file of its own, for a README: title and style inside."""
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH}" height="{2 * self.height + 72:g}" '
-            f'viewBox="0 -30 {WIDTH} {self.height + 36:g}" {self._spoken()}><style>{STYLE}</style>'
-            f'<rect x="0" y="-30" width="{WIDTH}" height="{self.height + 36:g}" style="fill: var(--card)"/>'
-            f"{_text(10, -10, self.title, 'title')}{self.body}</svg>\n"
-        )
-
-    def _spoken(self) -> str:
-        return f'role="img" aria-label="{escape(f"{self.title}. {self.description}")}"'
 
 
 @dataclass(frozen=True)
@@ -168,7 +80,7 @@ def histogram(
         side = "start" if mean < (low + high) / 2 else "end"
         body.append(_line(x(mean), TOP - 8, x(mean), y(0), "mean"))
         body.append(
-            _text(
+            svg_text(
                 x(mean) + (5 if side == "start" else -5),
                 TOP - 2,
                 f"mean {mean:.3g}".replace("-", "−"),
@@ -182,7 +94,7 @@ def histogram(
         description = f"Histogram of {total:,} {of}; most lie at {where} {unit}".strip()
     else:
         description = f"Histogram of no {of}"
-        body.append(_text((LEFT + WIDTH - RIGHT) / 2, (TOP + height - BOTTOM) / 2, f"no {of}", "", "middle"))
+        body.append(svg_text((LEFT + WIDTH - RIGHT) / 2, (TOP + height - BOTTOM) / 2, f"no {of}", "", "middle"))
     return Figure(title, description, height, "".join(body), Table((unit or "value", of, "share"), tuple(rows)))
 
 
@@ -202,12 +114,12 @@ def bars(rows: Sequence[tuple[str, float, str]], title: str, unit: str) -> Figur
         shown = shown if len(shown) <= room else shown[: max(room - 1, 1)] + "…"
         length = max((right - left) * value / most, 2.0 if value else 0.0)
         body.append(
-            f"<g><title>{escape(f'{name}: {words}')}</title>{_text(left, top + 13, shown, 'ink')}"
-            f"{_text(right, top + 13, words, '', 'end')}{_box(left, top + 19, right - left, 'track')}"
+            f"<g><title>{escape(f'{name}: {words}')}</title>{svg_text(left, top + 13, shown, 'ink')}"
+            f"{svg_text(right, top + 13, words, '', 'end')}{_box(left, top + 19, right - left, 'track')}"
             f"{_box(left, top + 19, length, 'f0') if length else ''}</g>"
         )
     if not rows:
-        body.append(_text(WIDTH / 2, 22, "nothing to show", "", "middle"))
+        body.append(svg_text(WIDTH / 2, 22, "nothing to show", "", "middle"))
     named = "; ".join(f"{name}: {words}" for name, _, words in rows)
     table = Table(("", unit, "in words"), tuple((name, f"{value:,.12g}", words) for name, value, words in rows))
     return Figure(title, named or "No bars", max(len(rows), 1) * pitch, "".join(body), table)
@@ -248,7 +160,7 @@ def chart(series: Sequence[Series], title: str, x: Axis, y: Axis) -> Figure:
         body += [_beside(across(a), up(b), label, taken) for a, b, label in points if label]
     if not every:
         body.append(
-            _text((LEFT + WIDTH - RIGHT) / 2, (top + TOP + height - BOTTOM) / 2, "nothing measured", "", "middle")
+            svg_text((LEFT + WIDTH - RIGHT) / 2, (top + TOP + height - BOTTOM) / 2, "nothing measured", "", "middle")
         )
     measured = [(s, points) for s, points in zip(series, shown, strict=True) if not s.guide]
     rows = tuple((label or s.name, f"{a:,.6g}", f"{b:,.6g}") for s, points in measured for a, b, label in points)
@@ -280,7 +192,7 @@ def _legend(series: Sequence[Series]) -> tuple[str, float]:
             parts.append(_line(x, y, x + 14, y, f"line l{i % SERIES}"))
         else:
             parts.append(f'<circle class="f{i % SERIES}" cx="{x + 7:.1f}" cy="{y:g}" r="4.5"/>')
-        parts.append(_text(x + 19, y + 4, s.name, "ink"))
+        parts.append(svg_text(x + 19, y + 4, s.name, "ink"))
         x += width + 10
     return "".join(parts), 17.0 * (row + 1) + 4
 
@@ -303,26 +215,22 @@ def _beside(x: float, y: float, label: str, taken: list[tuple[float, float, floa
     inside = [place for place in places if box(place)[0] > LEFT and box(place)[2] < WIDTH]
     place = next(filter(is_free, places), (inside or places)[0])
     taken.append(box(place))
-    return _text(place[0], place[1], label, "ink halo", place[2])
+    return svg_text(place[0], place[1], label, "ink halo", place[2])
 
 
 def _axes(x: Scale, y: Scale, across: Axis, up: Axis, height: float, *, vertical_lines: bool = True) -> str:
     """Gridlines, ticks and what the axes say: y's above it, lying, so that nobody tilts the head."""
     top, bottom = y.stop, y.start
-    parts = [_text(4, top - 14, up.label), _text(WIDTH - RIGHT, height - 6, across.label, "", "end")]
+    parts = [svg_text(4, top - 14, up.label), svg_text(WIDTH - RIGHT, height - 6, across.label, "", "end")]
     for tick in y.ticks:
         parts.append(_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid"))
-        parts.append(_text(LEFT - 7, y(tick) + 4, number(tick), "", "end"))
+        parts.append(svg_text(LEFT - 7, y(tick) + 4, number(tick), "", "end"))
     for tick in x.ticks:
         if vertical_lines:
             parts.append(_line(x(tick), top, x(tick), bottom, "grid"))
         parts.append(_line(x(tick), bottom, x(tick), bottom + 4, "axis"))
-        parts.append(_text(x(tick), bottom + 17, number(tick), "", "middle"))
+        parts.append(svg_text(x(tick), bottom + 17, number(tick), "", "middle"))
     return "".join((*parts, _line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis")))
-
-
-def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:

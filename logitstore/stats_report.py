@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from logitstore import plots
+from logitstore.figure import Figure, printable
 from logitstore.html_page import Facts, Section, page
-from logitstore.plots import Axis, Figure, Series, printable
+from logitstore.plots import Axis, Series
 from logitstore.stats import Histogram, StoreStats, ratio, span
 
 MEASURES = {

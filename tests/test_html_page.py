@@ -1,7 +1,7 @@
 """Pages held against the rules of HTML, with names that try to leave their place."""
 
+from logitstore.figure import Figure, Table
 from logitstore.html_page import Facts, Section, page
-from logitstore.plots import Figure, Table
 from tests.test_plots import HOSTILE, Parsed, assert_good, every_figure, svgs
 
 

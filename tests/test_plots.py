@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from logitstore.plots import STYLE, Axis, Figure, Series, bars, chart, escape, histogram
+from logitstore.figure import STYLE, Figure, escape
+from logitstore.plots import Axis, Series, bars, chart, histogram
 
 HOSTILE = "</title></svg><script>alert(1)</script>\" onload='x' \x00\x1b[2J\u202e\ud800&amp;"
 VOID = {"meta"}

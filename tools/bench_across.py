@@ -30,8 +30,8 @@ from distill_trainer.target_source import open_stores
 from distill_trainer.train import train
 from logitstore.alignment import spell
 from logitstore.documents import read_documents
+from logitstore.figure import Table
 from logitstore.model import LoadedModel, load_model
-from logitstore.plots import Table
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
 from logitstore.vocabulary import vocabulary_of

@@ -15,9 +15,9 @@ import numpy as np
 
 from logitstore.build import BuildConfig, build
 from logitstore.documents import read_documents
+from logitstore.figure import Table
 from logitstore.key import document_key
 from logitstore.plan import plan_batches
-from logitstore.plots import Table
 from logitstore.sequences import tokenize
 from tools.bench_parts import ROUNDS, Found, Measured, Target, Titled, child, scratch
 from tools.bench_text import BATCH_TOKENS, WINDOW, teacher_path, texts

@@ -15,7 +15,7 @@ from distill_kernels import Head, SparseKL, chunk_rows, chunked, chunked_sum
 import mlx.core as mx
 import mlx.nn as nn
 
-from logitstore.plots import Table
+from logitstore.figure import Table
 from tools.bench_parts import Found, Measured, Target, Titled, child, spent
 
 ROWS, VOCAB, WIDTH, ENTRIES = 2048, 151_936, 1024, 16

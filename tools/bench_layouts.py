@@ -16,7 +16,8 @@ import numpy.typing as npt
 from logitstore.codec import concatenated, weights
 from logitstore.contract import Store
 from logitstore.fidelity import Fidelity, FidelityMeter
-from logitstore.plots import Axis, Figure, Series, Table, chart
+from logitstore.figure import Figure, Table
+from logitstore.plots import Axis, Series, chart
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.store import create_store, open_store
 from logitstore.targets import SparseTargets

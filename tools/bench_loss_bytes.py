@@ -34,7 +34,7 @@ from distill_kernels.select_metal import log_z_kernel, select_threshold_kernel, 
 
 import mlx.core as mx
 
-from logitstore.plots import Table
+from logitstore.figure import Table
 from tools.bench_parts import Found, Measured, Target, Titled
 from tools.metal_emulator import Emulated, Run, emulated
 

@@ -31,7 +31,7 @@ from distill_kernels import (
 import mlx.core as mx
 import mlx.nn as nn
 
-from logitstore.plots import Table
+from logitstore.figure import Table
 from tools import bench_loss_bytes
 from tools.bench_loss_bytes import targets_of
 from tools.bench_parts import ROUNDS, Found, Measured, Titled, child, spent

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.plots import Figure, Table
+from logitstore.figure import Figure, Table
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3

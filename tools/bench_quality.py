@@ -31,8 +31,9 @@ from distill_trainer.targets import TargetSource
 from distill_trainer.teachers import in_order
 from logitstore.build import BuildConfig, build
 from logitstore.contract import Store
+from logitstore.figure import Figure, Table
 from logitstore.forward import document_logits
-from logitstore.plots import Axis, Figure, Series, Table, chart
+from logitstore.plots import Axis, Series, chart
 from logitstore.sequences import TokenSequence
 from logitstore.store import open_store
 from logitstore.teacher import Teacher

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitstore.contract import Store
-from logitstore.plots import Table
+from logitstore.figure import Table
 from logitstore.reader import read_batches
 from logitstore.recipe import DocumentRecord
 from logitstore.store import open_store

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from logitstore.contract import Store
+from logitstore.figure import Table
 from logitstore.files import LocalFiles
 from logitstore.index import Table as IndexTable
 from logitstore.index import block_ends
-from logitstore.plots import Axis, Series, Table, chart
+from logitstore.plots import Axis, Series, chart
 from logitstore.store import create_store, open_store
 from logitstore.stored_index import FOLDER, read_index, write_index
 from logitstore.verify import verify

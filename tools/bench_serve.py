@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from logitstore.contract import Store
-from logitstore.plots import Table
+from logitstore.figure import Table
 from logitstore.reader import read_batches
 from logitstore.served_store import open_served
 from logitstore.service_client import ServiceClient

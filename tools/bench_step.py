@@ -37,7 +37,7 @@ from distill_trainer.optimizer import make_optimizer
 from distill_trainer.student import load_student, make_trainable, trainable
 from distill_trainer.two_prompts import read_both
 from logitstore.build import BuildConfig, build
-from logitstore.plots import Table
+from logitstore.figure import Table
 from logitstore.sequences import TokenizeReport
 from tests.tiny import save_tiny_model
 from tools.bench_parts import Measured, Target, Titled, child

@@ -15,8 +15,8 @@ import platform
 from importlib import import_module
 from pathlib import Path
 
+from logitstore.figure import Figure, Table
 from logitstore.html_page import Section, page
-from logitstore.plots import Figure, Table
 from tools.bench_parts import Found, Measured, Target, Titled, on_one_core
 from tools.bench_text import teach
 

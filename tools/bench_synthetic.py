@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.figure import Table
 from logitstore.manifest import Manifest, TeacherIdentity, TokenizerIdentity
-from logitstore.plots import Table
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.selection import Selection
 from logitstore.store import create_store

@@ -38,8 +38,8 @@ from distill_trainer.targets import TargetSource
 from distill_trainer.train import train
 from distill_trainer.two_prompts import read_both
 from logitstore.build import BuildConfig, build
+from logitstore.figure import Table
 from logitstore.model import LoadedModel
-from logitstore.plots import Table
 from logitstore.sequences import TokenizeReport
 from tests.every_loss import CASES, LEARNT, TOLERANCE, Case, slopes
 from tools.bench_parts import Target, Titled, scratch

@@ -10,9 +10,10 @@ from distill_trainer.config import TrainConfig
 from distill_trainer.distill_eval import FIGURES, Held, shown
 from distill_trainer.output import CONFIG, METRICS, REPORT, SUMMARY
 from logitstore.errors import ConfigError, first_line
+from logitstore.figure import Figure, Table
 from logitstore.html_page import Facts, Section, Texts, page
 from logitstore.model import LoadedModel
-from logitstore.plots import Axis, Figure, Series, Table, chart
+from logitstore.plots import Axis, Series, chart
 from logitstore.replaced import replaced
 from logitstore.sequences import TokenSequence
 
