@@ -41,8 +41,12 @@ def select(
     2011 (threshold and weights); Madow, 1949 (systematic sampling); Anshumann et al., "Sparse Logit Sampling", 2025
     (random); Peng et al., "Pre-training Distillation for Large Language Models", 2024 (top-p, then top-k).
     """
+    # Made once: memory that the system hands out anew for each group of rows takes longer than the arithmetic in it.
+    room = np.empty((3, min(len(logits), ROWS_AT_ONCE), BLOCK_SIZE * block_count(logits.shape[1])), np.float32)
     parts = [
-        _select_rows(logits[rows], labels[rows], selection, temperature, random.block_order[rows], random.draws[rows])
+        _select_rows(
+            logits[rows], labels[rows], selection, temperature, random.block_order[rows], random.draws[rows], room
+        )
         for rows in (slice(i, i + ROWS_AT_ONCE) for i in range(0, len(logits), ROWS_AT_ONCE))
     ]
     return Selected(*(np.concatenate([getattr(part, name) for part in parts]) for name in Selected.__annotations__))
@@ -55,12 +59,13 @@ def _select_rows(
     temperature: float,
     block_order: npt.NDArray[np.int64],
     draws: npt.NDArray[np.float64],
+    room: npt.NDArray[np.float32],
 ) -> Selected:
     n, vocab_size = logits.shape
     blocks = block_count(vocab_size)
     rows = np.arange(n)[:, None]
 
-    z = np.empty((n, BLOCK_SIZE * blocks), dtype=np.float32)
+    z, p, work = room[:, :n]
     z[:, vocab_size:] = -np.inf
     np.divide(logits, np.float32(temperature), out=z[:, :vocab_size])
     z_max = z.max(axis=1)
@@ -68,8 +73,8 @@ def _select_rows(
         bad = int(np.flatnonzero(~np.isfinite(z_max))[0])
         raise ValueError(f"the teacher's logits hold NaN, +inf or nothing finite at row {bad}")
     z -= z_max[:, None]
-    p = np.exp(z)  # unnormalised
-    entropy, label_log_prob = _entropy_and_label(logits, labels, z, p, temperature)
+    np.exp(z, out=p)  # unnormalised
+    entropy, label_log_prob = _entropy_and_label(logits, labels, z, p, temperature, work)
 
     k = selection.k
     if selection.kind == "random":
@@ -135,14 +140,16 @@ def _entropy_and_label(
     z: npt.NDArray[np.float32],
     p: npt.NDArray[np.float32],
     temperature: float,
+    work: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Entropy [N] and the label's log-prob [N] at temperature 1, from exp(z) where that is already temperature 1."""
     if temperature != 1:
+        work = work[:, : logits.shape[1]]
         z = logits - logits.max(axis=1, keepdims=True)
         p = np.exp(z)
     total = _row_sums(p)
     # 0 · -inf counts as 0.
-    surprise = np.einsum("nv,nv->n", p, np.maximum(z, np.float32(-1e4)))
+    surprise = np.einsum("nv,nv->n", p, np.maximum(z, np.float32(-1e4), out=work))
     label = z[np.arange(len(z)), labels].astype(np.float64)
     return np.log(total) - surprise / total, label - np.log(total)
 
@@ -158,12 +165,24 @@ def _top_ids(z: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
     The k largest lie in the k blocks with the largest maxima (equal maxima: the lower block).
     """
     n, _, blocks = z.shape
-    best = np.sort(np.argsort(-z.max(axis=1), axis=1, kind="stable")[:, :k], axis=1)[:, None]
+    best = np.sort(_largest(z.max(axis=1), k), axis=1)[:, None]
     element = np.arange(BLOCK_SIZE)[:, None]
     candidates = (element * blocks + best).reshape(n, -1)  # by rising id
     values = z[np.arange(n)[:, None, None], element, best].reshape(n, -1)
-    order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(candidates, order, axis=1)
+    return np.take_along_axis(candidates, _largest(values, k), axis=1)
+
+
+def _largest(values: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
+    """Places of the k largest of each row [N, M], none of them above 0; largest first, equal ones by rising place.
+
+    Of floats of one sign the bits rise with the size: with the place below them they are sorted in a tenth of the time
+    of a stable argsort.
+    """
+    keys = np.abs(values).view(np.uint32).astype(np.uint64) << np.uint64(32) | np.arange(
+        values.shape[1], dtype=np.uint64
+    )
+    keys.sort(axis=1)
+    return (keys[:, :k] & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _draw_with_replacement(
