@@ -4,7 +4,7 @@ Reading takes a part of a file and holds it against a checksum; the first look i
 against their digests.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -19,11 +19,13 @@ from logitstore.entries import damaged, read_entry, unreadable
 from logitstore.files import CannotList, Files
 from logitstore.index import block_counts
 from logitstore.key import KEY_BYTES
+from logitstore.position_streams import PositionChunk
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.sealed import GROUP, Problem, file_problems, read_group
 from logitstore.streams import Chunk, Ranks, chunk_positions
 
 T = TypeVar("T")
+Positions = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]
 
 DOCUMENT_BYTES = KEY_BYTES + 8
 """Of a row of `documents`: its key, its number of tokens (u32) and its first token (u32)."""
@@ -47,9 +49,12 @@ class Shard:
         self._files, self._recipe = files, recipe
         self._n = chunk_positions(self.entry.positions, recipe.form)
         self._sharded: dict[str, ShardedFile] = {}
-        self._last: dict[int, tuple[int, Chunk]] = {}
-        """Of each set of entries the chunk that was read last, and its number."""
-        self._last_positions: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int32]] | None = None
+        self._last: dict[int, tuple[tuple[int, Chunk], ...]] = {}
+        """Of each set of entries the chunks that were read last, with their numbers: two, as some documents lie in."""
+        self._last_positions: tuple[int, PositionChunk] | None = None
+        self._last_whole: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int32]] | None = None
+        self._read_to = 0
+        """The row that comes next for who reads in order."""
         self.checked = checked
 
     @cached_property
@@ -147,18 +152,27 @@ class Shard:
         """
         return self._decoding(f"entries-{number}", lambda: self._parts(number, spans)), self.ranks
 
-    def positions(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    def positions(self, start: int, stop: int, codes: Codes | None = None) -> Positions:
         """What is kept beside the entries at rows start .. stop - 1 [n, position width], and the tokens that followed
         [n].
+
+        Args:
+            codes: the first set of entries of these rows, if they are known.
 
         Raises:
             CorruptStoreError: the bytes are not those that were written.
         """
-        first, last = start // self._n, (stop - 1) // self._n
-        chunks = [self._position_chunk(chunk) for chunk in range(first, last + 1)]
-        rows = slice(start - first * self._n, stop - first * self._n)
-        position, labels = (np.concatenate(arrays)[rows] for arrays in zip(*chunks, strict=True))
-        return position, labels
+        in_order, self._read_to = start == self._read_to, stop
+        if in_order:
+            return self._decoding("positions", lambda: self._joined(start, stop, self._whole_positions))
+        known = self.codes(0, [(start, stop)]) if codes is None else codes
+
+        def some(chunk: int, rows: slice) -> Positions:
+            first = chunk * self._n + rows.start - start
+            part = known.rows(slice(first, first + rows.stop - rows.start))
+            return self._position_chunk(chunk).part(rows.start, part, self.ranks)
+
+        return self._decoding("positions", lambda: self._joined(start, stop, some))
 
     def hidden(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """The hidden states of rows start .. stop - 1, encoded [n, hidden_width].
@@ -177,9 +191,10 @@ class Shard:
             CorruptStoreError: the bytes are not those that were written.
         """
         start, stop = self.span(number)
-        sets = [to_record(self.codes(i, [(start, stop)]), self._recipe.form) for i in range(self._recipe.sets)]
-        position, labels = self.positions(start, stop)
-        records = np.concatenate([*sets, position, self.hidden(start, stop)], axis=1)
+        sets = [self.codes(i, [(start, stop)]) for i in range(self._recipe.sets)]
+        position, labels = self.positions(start, stop, sets[0])
+        entries = [to_record(codes, self._recipe.form) for codes in sets]
+        records = np.concatenate([*entries, position, self.hidden(start, stop)], axis=1)
         return DocumentRecord(self._with_first(number, labels), records)
 
     def token_ids(self, number: int) -> npt.NDArray[np.int32]:
@@ -193,38 +208,54 @@ class Shard:
         return np.ascontiguousarray(self.documents[:, column : column + 4]).view("<u4")[:, 0].astype(np.int64)
 
     def _parts(self, number: int, spans: Sequence[tuple[int, int]]) -> list[streams.Part]:
-        parts = []
-        for start, stop in spans:
-            while start < stop:
-                chunk = start // self._n
-                at = chunk * self._n
-                until = min(stop, at + self._n)
-                parts.append(self._chunk(number, chunk).part(start - at, until - at))
-                start = until
-        return parts
+        return [
+            self._chunk(number, chunk).part(rows.start, rows.stop)
+            for start, stop in spans
+            for chunk, rows in self._pieces(start, stop)
+        ]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+        """The rows start .. stop - 1 by chunk: its number, and rows of it."""
+        while start < stop:
+            chunk, first = divmod(start, self._n)
+            count = min(stop - start, self._n - first)
+            yield chunk, slice(first, first + count)
+            start += count
 
     def _chunk(self, number: int, chunk: int) -> Chunk:
-        last = self._last.get(number)
-        if last is None or last[0] != chunk:
-            form, n = self._recipe.form, self._n
-            raw = self._sharded_file(f"entries-{number}", streams.most_chunk_bytes(n, form)).chunk(chunk)
-            rows = min(n, self.entry.positions - chunk * n)
-            last = self._last[number] = chunk, Chunk(raw, rows, form)
-        return last[1]
+        kept = self._last.get(number, ())
+        for at, found in kept:
+            if at == chunk:
+                return found
+        form, n = self._recipe.form, self._n
+        raw = self._sharded_file(f"entries-{number}", streams.most_chunk_bytes(n, form)).chunk(chunk)
+        found = Chunk(raw, min(n, self.entry.positions - chunk * n), form)
+        self._last[number] = (chunk, found), *kept[:1]
+        return found
 
-    def _position_chunk(self, chunk: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    def _joined(self, start: int, stop: int, read: Callable[[int, slice], Positions]) -> Positions:
+        pieces = [read(chunk, rows) for chunk, rows in self._pieces(start, stop)]
+        position, labels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+        return position, labels
+
+    def _whole_positions(self, chunk: int, rows: slice) -> Positions:
+        """For who reads in order: all of a chunk is decoded at once, in little more time than a short document."""
+        last = self._last_whole
+        if last is None or last[0] != chunk:
+            first = chunk * self._n
+            codes = self.codes(0, [(first, min(first + self._n, self.entry.positions))])
+            last = self._last_whole = chunk, *self._position_chunk(chunk).part(0, codes, self.ranks)
+        return last[1][rows], last[2][rows]
+
+    def _position_chunk(self, chunk: int) -> PositionChunk:
         last = self._last_positions
         if last is None or last[0] != chunk:
-            form, n, log_z = self._recipe.form, self._n, len(self._recipe.log_z)
-            codes = self.codes(0, [(chunk * n, min(chunk * n + n, self.entry.positions))])
-
-            def read() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-                size = position_streams.most_chunk_bytes(n, form, log_z)
-                raw = self._sharded_file("positions", size).chunk(chunk)
-                return position_streams.from_streams(raw, codes, form, log_z, self.ranks)
-
-            last = self._last_positions = chunk, *self._decoding("positions", read)
-        return last[1:]
+            form, log_z, entries = self._recipe.form, len(self._recipe.log_z), self._chunk(0, chunk)
+            size = position_streams.most_chunk_bytes(self._n, form, log_z)
+            raw = self._sharded_file("positions", size).chunk(chunk)
+            last = chunk, PositionChunk(raw, entries.head_count, entries.largest_in_head, form, log_z)
+            self._last_positions = last
+        return last[1]
 
     def _hidden(self, number: int, start: int, stop: int) -> npt.NDArray[np.uint8]:
         m = self._hidden_n

@@ -161,6 +161,11 @@ class Chunk:
         self._tail_values = cut.take(tails) if form.tail_log_probs else None
         self._tail_ids = cut.varints(tails) if form.sampled_tail else None
 
+    @property
+    def largest_in_head(self) -> npt.NDArray[np.bool_]:
+        """Where the largest cell is an entry of the head: [N]."""
+        return np.zeros(len(self.head_count), np.bool_) if self.largest is None else self.largest > 0
+
     def part(self, start: int, stop: int) -> "Part":
         """The streams of the rows start .. stop - 1."""
         rows, k = slice(start, stop), self.form.selection.k

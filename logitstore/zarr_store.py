@@ -324,6 +324,7 @@ class ZarrStore:
     def _read(self, shard: Shard, document: int, count: int, temperature: float | None, replica: int) -> SparseTargets:
         recipe = self.manifest.recipe
         start, _ = shard.span(document)
-        codes = shard.codes(recipe.set_number(temperature, replica), [(start, start + count)])
-        position, _ = shard.positions(start, start + count)
+        number = recipe.set_number(temperature, replica)
+        codes = shard.codes(number, [(start, start + count)])
+        position, _ = shard.positions(start, start + count, None if number else codes)
         return recipe.read_codes(codes, position, shard.hidden(start, start + count), temperature)

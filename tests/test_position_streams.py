@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitstore.codec import Codes, Form, from_record
-from logitstore.position_streams import from_streams, most_chunk_bytes, to_streams
+from logitstore.position_streams import PositionChunk, from_streams, most_chunk_bytes, to_streams
 from logitstore.selection import Selection
 from logitstore.streams import Ranks
 from tests.distributions import Case, cases
@@ -70,9 +70,11 @@ def test_golden_bytes_are_read_as_what_they_stand_for(
 
 
 def encoded(case: Case) -> tuple[Codes, Bytes, npt.NDArray[np.int32], Ranks, list[Bytes]]:
-    """First set of entries, what is kept beside it, labels, ranks and streams."""
-    recipe, labels = case.recipe, case.token_ids[1:]
+    """First set of entries, what is kept beside it, labels (every second one an entry), ranks and streams."""
+    recipe, labels = case.recipe, case.token_ids[1:].copy()
     kept = from_record(case.records[:, recipe.columns(0)], recipe.form)
+    some = np.arange(0, len(labels), 2)
+    labels[some] = kept.ids[some, case.token_ids[some] % recipe.selection.k]
     position = case.records[:, recipe.columns(recipe.sets)]
     ranks = Ranks.fit(np.bincount(kept.ids.ravel(), minlength=recipe.vocab_size))
     return kept, position, labels, ranks, to_streams(position, labels, kept, recipe.form, ranks.table())
@@ -87,6 +89,21 @@ def test_labels_and_what_is_kept_beside_any_entries_come_back_as_they_were(case:
     found, found_labels = from_streams(np.concatenate([*streams, np.zeros(3, np.uint8)]), kept, form, log_z, ranks)
     np.testing.assert_array_equal(found, position)
     np.testing.assert_array_equal(found_labels, labels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.data())
+def test_any_rows_of_a_chunk_are_decoded_alone(case: Case, data: st.DataObject) -> None:
+    kept, position, labels, ranks, streams = encoded(case)
+    form, log_z = case.recipe.form, len(case.recipe.log_z)
+    head = np.arange(form.selection.k) < kept.head_count[:, None]
+    largest_in_head = (head & (kept.codes == 0)).any(axis=1)
+    chunk = PositionChunk(np.concatenate(streams), kept.head_count, largest_in_head, form, log_z)
+    start = data.draw(st.integers(0, len(labels) - 1))
+    rows = slice(start, data.draw(st.integers(start + 1, len(labels))))
+    found, found_labels = chunk.part(start, kept.rows(rows), ranks)
+    np.testing.assert_array_equal(found, position[rows])
+    np.testing.assert_array_equal(found_labels, labels[rows])
 
 
 @settings(max_examples=60, deadline=None)

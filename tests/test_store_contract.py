@@ -95,6 +95,28 @@ class StoreContract:
         other = np.concatenate([document.token_ids[:290], tokens(78, 20)])
         assert are_equal(store.get(other), expected, store.answered(other)) and store.answered(other) >= 289
 
+    @pytest.mark.parametrize("selection", ["threshold:16", "top-k:8", "random:20"])
+    def test_documents_read_in_any_order_and_across_chunks_are_the_same(
+        self, path: Path, selection: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("logitstore.streams.CHUNK_POSITIONS", 8)
+        recipe = Recipe(Selection.parse(selection), (1.0, 2.0), 0, VOCAB, log_z=(2.0,))
+        store, rng = create_store(path, manifest_of(recipe), VOCABULARY), np.random.default_rng(3)
+        documents = []
+        for number, length in enumerate([5, 20, 3, 9, 40, 2, 8, 17]):
+            token_ids, logits = tokens(number, length), rng.normal(0, 3, (length - 1, VOCAB)).astype(np.float32)
+            logits[np.arange(length - 1), token_ids[1:]] += rng.choice([0, 5, 9], length - 1)  # labels in head and tail
+            documents.append(DocumentRecord(token_ids, recipe.record(token_ids, logits)))
+        add(store, documents)
+        by_key = {document.key: document for document in documents}
+        for number in [*range(8), *rng.integers(0, 8, 60).tolist()]:
+            token_ids, targets = store.document(number)
+            document, other = by_key[document_key(token_ids)], documents[number]
+            assert are_equal(targets, recipe.read(document.records))
+            assert (store.record(number).records == document.records).all()
+            assert are_equal(store.get(other.token_ids), recipe.read(other.records))
+            assert document_key(store.token_ids(number)) == document.key
+
     def test_threads_that_read_at_once_each_get_their_own_rows(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -2,7 +2,8 @@
 
 Both end in the same padded arrays: ids [B, T, k] and weights [B, T, k] of 8 documents. Parquet has one row for each
 document, `ids` list<uint32> and `weights` list<float32>, zstd, in row groups of 8 or of 128 documents: what reads
-faster is held against ours. A row of its own says what a decoder that takes no time would reach.
+faster is held against ours. A row of its own says what a decoder that takes no time would reach, and one what
+`Store.get` takes, which a training run asks: labels, entropies and all, a document at a time.
 """
 
 from collections import defaultdict
@@ -65,6 +66,7 @@ def measure(out: Path, tokens: int) -> Measured:
                 name: reading(place, documents, batches) for name, place in stores.items()
             }
             works["Zarr folder, not decoded"] = unpacking(store, documents, batches)
+            works["Zarr folder, all that is kept"] = getting(store, documents, batches)
             works |= {name: reading_parquet(path, lengths, batches, k) for name, path in tables.items()}
             speeds[order] = {
                 name: {"per_s": int(lengths.sum()) / time.cpu_s, "wall_per_s": int(lengths.sum()) / time.wall_s}
@@ -88,6 +90,18 @@ def reading(
         asked = ([documents[number] for number in batch] for batch in batches)
         answered = sum(int(batch.positions.sum()) for batch in read_batches(store, asked))
         assert answered == sum(len(document) - 1 for document in documents)
+
+    return read
+
+
+def getting(
+    store: Store, documents: Sequence[TokenIds], batches: Sequence[npt.NDArray[np.integer]]
+) -> Callable[[], None]:
+    """Read what is kept beside the entries too, a document at a time."""
+
+    def read() -> None:
+        for number in np.concatenate(batches).tolist():
+            assert store.get(documents[number]) is not None
 
     return read
 
