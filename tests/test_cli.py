@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -31,13 +32,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def start(name: str, *args: object) -> subprocess.Popen[str]:
+def start(name: str, *args: object, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     """A command in a process of its own, which a Ctrl-C reaches however the tests were started."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"from {COMMANDS[name]} import main; main(prog_name={name!r})"
     )
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], text=True, **pipes)
 
 
@@ -126,6 +127,16 @@ def test_inspect_writes_plain_lines_into_a_pipe_and_asks_no_pager(
     assert out.startswith(f"document 1: {len(tokens)} tokens")
     assert len(out.splitlines()) == len(targets) + 2
     assert "\x1b" not in out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["info", "query", "inspect", "stats", "verify"])
+def test_an_answer_that_cannot_be_printed_is_told_in_one_line(world: World, command: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = start("logitstore", command, world.store, stdout=full)
+    code, _, err = finish(process)
+    assert code == 2
+    assert err.startswith("Error: No space left on device") and err.count("\n") == 1
 
 
 def test_the_second_build_into_a_part_without_documents_says_so(world: World, tmp_path: Path) -> None:

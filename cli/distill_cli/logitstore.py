@@ -215,15 +215,16 @@ def verify(
 
             replay = ask(open_store(store), asked, live, seed, quiet=quiet)
             facts["live"] = replay.to_json()
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        for problem in report.problems:
-            click.echo(f"{problem.file}: {problem.fault}")
-        verdict = f"{len(report.problems)} problem(s)" if report.problems else "all good"
-        click.echo(f"{report.files:,} files, {report.documents:,} documents, {report.positions:,} positions: {verdict}")
-        if replay is not None:
-            click.echo(replay.to_text())
+        if as_json:
+            click.echo(json.dumps(facts, indent=1))
+        else:
+            for problem in report.problems:
+                click.echo(f"{problem.file}: {problem.fault}")
+            verdict = f"{len(report.problems)} problem(s)" if report.problems else "all good"
+            counts = f"{report.files:,} files, {report.documents:,} documents, {report.positions:,} positions"
+            click.echo(f"{counts}: {verdict}")
+            if replay is not None:
+                click.echo(replay.to_text())
     sys.exit(1 if report.problems or (replay is not None and not replay.ok) else 0)
 
 

@@ -1,9 +1,10 @@
 """How a command ends: a foreseeable mistake is one line and exit code 2, Ctrl-C and SIGTERM say how to go on."""
 
+import errno
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import click
 from logitstore.errors import LogitstoreError
 
 INTERRUPTED = 130
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class LocalPath(click.Path):
@@ -43,10 +45,17 @@ def one_line_errors(resume: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:  # a path that may not be looked at, or that no file system takes
+            click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; type another path", err=True)
+            sys.exit(2)
+        if error.errno not in _FULL:
             raise
-        # A path that may not be looked at, or that no file system takes.
-        click.echo(f"Error: {error.filename} cannot be used: {error.strerror}; type another path", err=True)
+        click.echo(
+            f"Error: {error.strerror}, when something was written or printed; mend this and type it again",
+            err=True,
+        )
+        with suppress(OSError):
+            sys.stdout.close()  # else Python tries once more at its end, and says so
         sys.exit(2)
     except RuntimeError as error:
         if "home directory" not in str(error):  # of a path such as ~nobody/store
