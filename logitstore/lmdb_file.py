@@ -146,7 +146,7 @@ class LmdbFile:
         writable = new or os.access(self.path, os.W_OK)
         lock_is_writable = os.access(self.path.parent, os.W_OK) or os.access(f"{self.path}{LOCK_SUFFIX}", os.W_OK)
         return lmdb.open(
-            os.path.realpath(self.path),  # so that the lock's file is the same for everybody
+            os.fsencode(os.path.realpath(self.path)),  # so that the lock's file is the same for everybody
             subdir=False,
             create=new,
             readonly=not writable,

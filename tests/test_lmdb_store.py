@@ -58,6 +58,15 @@ def test_the_suffix_begins_it_and_the_first_bytes_open_it(path: Path, tmp_path: 
     assert isinstance(open_store(tmp_path / "other"), LmdbStore)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take no such names")
+def test_a_name_that_is_no_utf_8_is_one_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.lmdb")
+    add(LmdbStore.create(path, manifest(), VOCABULARY), documents := records(LENGTHS))
+    gc.collect()
+    assert answers_all(LmdbStore(path), documents)
+    assert verify(path, quiet=True).problems == []
+
+
 def test_it_is_one_file_beside_the_lock_of_lmdb(store: LmdbStore, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.lmdb", "s.lmdb-lock"]
     assert store.disk_bytes == store.path.stat().st_size
