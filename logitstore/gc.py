@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from io import FileIO
 from pathlib import Path
 
 from logitstore.contract import Store
@@ -19,7 +18,7 @@ from logitstore.durable import alone_in, cannot_write
 from logitstore.errors import ConfigError
 from logitstore.incoming import FOLDER as INCOMING
 from logitstore.incoming import LOCK, age_s
-from logitstore.journal import journals, open_locked, payloads, unpack_documents
+from logitstore.journal import journals, leftovers, open_locked
 from logitstore.sealed import file_problems
 from logitstore.store import open_store
 from logitstore.stored_index import FOLDER
@@ -183,10 +182,7 @@ def remove_index(folder: Path) -> None:
 
 def _why_pending(journal: Path, store: Store) -> str:
     """Why a journal must stay: it holds documents that are in no shard."""
-    with FileIO(journal) as file:
-        width = store.manifest.recipe.record_width
-        documents = (document for payload in payloads(file) for document in unpack_documents(payload, width))
-        pending = sum(document.key not in store for document in documents)
+    pending = sum(1 for _ in leftovers(journal, store))
     return f"holds {pending:,} documents that are in no shard yet; type its command again to go on" if pending else ""
 
 

@@ -122,7 +122,7 @@ def import_cache(config: ImportConfig, say: Callable[[str], None] = lambda _line
         if config.out.suffix == ZIP_SUFFIX:
             raise ConfigError(f"{config.out} is there, and a zip file cannot be added to; type another path")
     with (
-        target_store(config.out, manifest, vocabulary, lambda _key: True) as store,
+        target_store(config.out, manifest, vocabulary, lambda _document: True) as store,
         tqdm(total=found.positions, unit="tok", desc="import", delay=1, disable=config.quiet) as bar,
     ):
         documents = (to_document_record(document, recipe) for document in _open(config).documents)

@@ -9,6 +9,7 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
@@ -44,7 +45,7 @@ class ShardWriter:
     def __init__(self, store: ZarrStore, name: str) -> None:
         self.store = store
         self.name = name
-        self.path = store.folder / f".journal-{name}"
+        self.path = journal_of(store, name)
         try:
             self._file = open_locked(self.path)
             sync(store.folder)  # a journal whose name is lost is lost, however often it is flushed
@@ -164,9 +165,22 @@ def journals(store: Path) -> list[Path]:
     return sorted(store.glob(".journal-*"))
 
 
+def leftovers(journal: Path, store: Store) -> Iterator[DocumentRecord]:
+    """The documents of a journal that are in no shard of its store; none where there is no journal."""
+    with suppress(FileNotFoundError), FileIO(journal) as file:
+        for payload in payloads(file):
+            documents = unpack_documents(payload, store.manifest.recipe.record_width)
+            yield from (document for document in documents if document.key not in store)
+
+
+def journal_of(store: ZarrStore, name: str) -> Path:
+    """The journal of the writer of this name."""
+    return store.folder / f".journal-{name}"
+
+
 def commit_leftovers(store: Store, name: str) -> None:
     """Show readers what an interrupted writer of this name has left; one that still runs is left alone."""
-    if not isinstance(store, ZarrStore) or not (store.folder / f".journal-{name}").exists():
+    if not isinstance(store, ZarrStore) or not journal_of(store, name).exists():
         return  # another kind of store leaves nothing
     try:
         writer = ShardWriter(store, name)

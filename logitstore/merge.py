@@ -13,12 +13,15 @@ from tqdm import tqdm
 
 from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.files import LocalFiles
+from logitstore.journal import journal_of, leftovers
 from logitstore.key import document_key
 from logitstore.recipe import DocumentRecord
 from logitstore.saved_maps import carry_maps
 from logitstore.store import open_store
 from logitstore.target_store import existing, remove_unzipped, target_store, write_all
 from logitstore.targets import SparseTargets
+from logitstore.zarr_store import ZarrStore
 from logitstore.zip_store import ZIP_SUFFIX
 
 NAMED = 3
@@ -66,7 +69,7 @@ def merge(sources: Sequence[str | Path], out: Path, *, writer: str = "merge", qu
     target = existing(out)
     if target is not None:
         target.manifest.require_compatible(stores[0].manifest, out)
-    lacking = _require_agreement(stores, target, quiet=quiet)
+    lacking = _require_agreement(stores, target, _left_by(writer, target), quiet=quiet)
     given = sum(map(len, stores))
     if target is not None and out.suffix == ZIP_SUFFIX:
         if lacking:
@@ -77,8 +80,8 @@ def merge(sources: Sequence[str | Path], out: Path, *, writer: str = "merge", qu
         remove_unzipped(out)
         return MergeReport(len(target), target.positions, target.disk_bytes, given)
 
-    def belongs(key: bytes) -> bool:
-        return any(key in store for store in stores)
+    def belongs(document: DocumentRecord) -> bool:
+        return any(document.key in store and _say_the_same(document, store) for store in stores)
 
     with (
         target_store(out, stores[0].manifest, stores[0].vocabulary, belongs) as store,
@@ -114,8 +117,17 @@ def _require_same(one: Store, other: Store) -> None:
         )
 
 
-def _require_agreement(stores: Sequence[Store], target: Store | None, *, quiet: bool) -> int:
-    """Hold what several stores have of one document against each other.
+def _left_by(writer: str, target: Store | None) -> dict[bytes, DocumentRecord]:
+    """What a command that was stopped has kept in the target, and would be gone on with, by key."""
+    if not isinstance(target, ZarrStore) or not isinstance(target.files, LocalFiles):
+        return {}  # another kind of store leaves nothing
+    return {document.key: document for document in leftovers(journal_of(target, writer), target)}
+
+
+def _require_agreement(
+    stores: Sequence[Store], target: Store | None, left: dict[bytes, DocumentRecord], *, quiet: bool
+) -> int:
+    """Hold what several stores, and what was left in the target, have of one document against each other.
 
     Returns:
         How many documents `target` lacks; 0 where there is none.
@@ -124,17 +136,22 @@ def _require_agreement(stores: Sequence[Store], target: Store | None, *, quiet: 
     conflicts: list[str] = []
     count = lacking = 0
     for store in stores:
-        numbers = range(len(store)) if held else ()
+        numbers = range(len(store)) if held or left else ()
         for number in tqdm(numbers, unit="doc", desc="compare", delay=1, leave=False, disable=quiet):
             key = document_key(store.token_ids(number))
             lacking += target is not None and key not in target
             holder = next((other for other in held if key in other), None)
-            if holder is None or _say_the_same(store.record(number), holder):
+            if holder is not None and not _say_the_same(store.record(number), holder):
+                where = str(holder.path)
+            elif key in left and not np.array_equal(store.record(number).records, left[key].records):
+                assert target is not None
+                where = f"{target.path}, kept there by a command that was stopped"
+            else:
                 continue
             count += 1
             if len(conflicts) < NAMED:
-                conflicts.append(f"document {number} of {store.path} has other targets in {holder.path}")
-        if not held and target is not None:
+                conflicts.append(f"document {number} of {store.path} has other targets in {where}")
+        if not numbers and target is not None:
             lacking += len(store)
         held.append(store)
     if count:

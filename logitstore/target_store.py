@@ -7,14 +7,14 @@ same command goes on with, and then written as a whole.
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from logitstore import plan
 from logitstore.contract import Store
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError
-from logitstore.journal import open_locked
-from logitstore.key import document_key
+from logitstore.journal import journals, leftovers, open_locked
 from logitstore.manifest import Manifest
 from logitstore.recipe import DocumentRecord
 from logitstore.replaced import replaced
@@ -42,7 +42,7 @@ def existing(path: Path) -> Store | None:
 
 @contextmanager
 def target_store(
-    path: Path, manifest: Manifest, vocabulary: Vocabulary, belongs: Callable[[bytes], bool]
+    path: Path, manifest: Manifest, vocabulary: Vocabulary, belongs: Callable[[DocumentRecord], bool]
 ) -> Iterator[Store]:
     """The store to write into; of a zip file that is not there, the folder that becomes it when the block ends well.
 
@@ -138,11 +138,10 @@ def _batches(documents: list[DocumentRecord], width: int) -> Iterator[list[Docum
         yield batch
 
 
-def _is_begun(folder: Path, manifest: Manifest, belongs: Callable[[bytes], bool]) -> bool:
+def _is_begun(folder: Path, manifest: Manifest, belongs: Callable[[DocumentRecord], bool]) -> bool:
     try:
         store = open_store(folder)
     except Exception:  # what a kill left of a folder that was being removed
         return False
-    return store.manifest == manifest and all(
-        belongs(document_key(store.token_ids(number))) for number in range(len(store))
-    )
+    kept = (document for journal in journals(folder) for document in leftovers(journal, store))
+    return store.manifest == manifest and all(map(belongs, chain(map(store.record, range(len(store))), kept)))

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from logitstore import plan
 from logitstore.errors import ConfigError, IncompatibleStoreError
+from logitstore.journal import ShardWriter
 from logitstore.manifest import Manifest
 from logitstore.merge import merge
 from logitstore.recipe import DocumentRecord, Recipe
@@ -131,3 +133,24 @@ run_killed(lambda trial: trial.mkdir(), act, contents)
 
 def test_killed_at_20_random_moments_and_typed_again_it_ends_with_the_same_bytes() -> None:
     drive(KILLS)
+
+
+@pytest.mark.parametrize("suffix", ["zarr", "zip"])
+def test_what_a_stopped_command_had_kept_of_other_stores_is_never_taken_for_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    recipe, out = manifest().recipe, tmp_path / f"out.{suffix}"
+    one, two = (
+        store_of(tmp_path / f"{name}.zarr", conflicting(recipe, [1, seed])) for name, seed in (("a", 2), ("b", 3))
+    )
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ShardWriter, "commit", Mock(side_effect=KeyboardInterrupt))
+        merge([one], out, quiet=True)
+    if suffix == "zip":  # what is there is no store yet, and begun anew
+        merge([two], out, quiet=True)
+        assert held(out) == held(two)
+    else:
+        says = r"^document 0 of \S+b.zarr has other targets in \S+out.zarr, kept there by a command that was stopped;"
+        refused(tmp_path, out.name, [two], IncompatibleStoreError, says)
+        merge([one], out, quiet=True)
+        assert held(out) == held(one)
