@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ import numpy as np
 from tqdm import tqdm
 
 from logitstore.codec import encode_position, quantize, to_record
-from logitstore.errors import ConfigError, DatasetError, first_line
+from logitstore.contract import Store
+from logitstore.errors import ConfigError, DatasetError, IncompatibleStoreError, first_line
 from logitstore.foreign import ForeignDocument, ForeignSource, open_foreign, options_of
 from logitstore.foreign.document import MAX_ID
+from logitstore.journal import left_by
 from logitstore.key import document_key
 from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.recipe import DocumentRecord, Recipe
+from logitstore.sealed import file_digest
 from logitstore.selection import Selected, Selection, randomness
-from logitstore.target_store import existing, target_store, write_all
+from logitstore.target_store import existing, target_store, unzipped, write_all
 from logitstore.tokenizer import load_tokenizer
 from logitstore.vocabulary import vocabulary_of
 from logitstore.zip_store import ZIP_SUFFIX
@@ -31,6 +35,8 @@ WRITER = "import"
 TAIL_MASS = "tail mass"
 ASSUMED = "tail mass (assumed to be none)"
 SEED = 0
+NAMED, KEY_DIGITS = 3, 12
+"""So many documents with other targets are named, by so much of their keys as `logitstore query` shows."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def import_cache(config: ImportConfig, say: Callable[[str], None] = lambda _line
         ConfigError: an option that the format needs and did not get, or takes not.
         DatasetError: the cache cannot be read; nothing is written.
         ModelError: no such tokenizer.
-        StoreError: `out` is no store, or another one; full disk and the like.
+        IncompatibleStoreError: `out` was begun by something else, or has other targets; nothing is written.
+        StoreError: `out` is no store; full disk and the like.
     """
     target = existing(config.out)
     source = _open(config)
@@ -121,8 +128,12 @@ def import_cache(config: ImportConfig, say: Callable[[str], None] = lambda _line
         target.manifest.require_compatible(manifest, config.out)
         if config.out.suffix == ZIP_SUFFIX:
             raise ConfigError(f"{config.out} is there, and a zip file cannot be added to; type another path")
+    begun = target is not None or unzipped(config.out).exists()
+    said = _said(config, recipe) if begun else {}
+    if target is not None:
+        _require_agreement(target, said, config)
     with (
-        target_store(config.out, manifest, vocabulary, lambda _document: True) as store,
+        target_store(config.out, manifest, vocabulary, lambda d: said.get(d.key) == _digest(d)) as store,
         tqdm(total=found.positions, unit="tok", desc="import", delay=1, disable=config.quiet) as bar,
     ):
         documents = (to_document_record(document, recipe) for document in _open(config).documents)
@@ -214,6 +225,32 @@ def _survey(source: ForeignSource, vocab_size: int, *, quiet: bool) -> _Survey:
     if not found.documents:
         raise DatasetError(f"{source.format}: the cache holds no document with two tokens; type the path of another")
     return found
+
+
+def _said(config: ImportConfig, recipe: Recipe) -> dict[bytes, str]:
+    """A digest of what the cache says of each document, by key; of one that it has twice, the first time."""
+    said: dict[bytes, str] = {}
+    documents = _open(config).documents
+    for document in tqdm(documents, desc="compare", unit="doc", delay=1, leave=False, disable=config.quiet):
+        record = to_document_record(document, recipe)
+        said.setdefault(record.key, _digest(record))
+    return said
+
+
+def _digest(document: DocumentRecord) -> str:
+    return file_digest(document.records.tobytes())
+
+
+def _require_agreement(target: Store, said: dict[bytes, str], config: ImportConfig) -> None:
+    """Raise IncompatibleStoreError where a store has other targets for a document than the cache, as it is read now."""
+    documents = chain(map(target.record, range(len(target))), left_by(WRITER, target))
+    others = [d.key.hex()[:KEY_DIGITS] for d in documents if said.get(d.key, found := _digest(d)) != found]
+    if others:
+        more = f", and {len(others) - NAMED:,} more," if len(others) > NAMED else ""
+        raise IncompatibleStoreError(
+            f"documents {', '.join(others[:NAMED])}{more} have other targets in {config.out} than in {config.source}, "
+            "read with these options; nothing was written: type the options that it was begun with, or another --out"
+        )
 
 
 def _teacher(config: ImportConfig, unknown: tuple[str, ...]) -> TeacherIdentity:

@@ -20,6 +20,7 @@ import numpy as np
 from logitstore.contract import Store
 from logitstore.durable import cannot_write, flush, read_whole, sync, write_whole
 from logitstore.errors import StoreWriteError
+from logitstore.files import LocalFiles
 from logitstore.recipe import DocumentRecord
 from logitstore.zarr_store import ZarrStore
 
@@ -176,6 +177,12 @@ def leftovers(journal: Path, store: Store) -> Iterator[DocumentRecord]:
 def journal_of(store: ZarrStore, name: str) -> Path:
     """The journal of the writer of this name."""
     return store.folder / f".journal-{name}"
+
+
+def left_by(name: str, store: Store | None) -> Iterator[DocumentRecord]:
+    """The same of the writer of this name: what its command, typed again, goes on with."""
+    if isinstance(store, ZarrStore) and isinstance(store.files, LocalFiles):  # other kinds of stores leave nothing
+        yield from leftovers(journal_of(store, name), store)
 
 
 def commit_leftovers(store: Store, name: str) -> None:

@@ -13,15 +13,13 @@ from tqdm import tqdm
 
 from logitstore.contract import Store
 from logitstore.errors import ConfigError, IncompatibleStoreError
-from logitstore.files import LocalFiles
-from logitstore.journal import journal_of, leftovers
+from logitstore.journal import left_by
 from logitstore.key import document_key
 from logitstore.recipe import DocumentRecord
 from logitstore.saved_maps import carry_maps
 from logitstore.store import open_store
 from logitstore.target_store import existing, remove_unzipped, target_store, write_all
 from logitstore.targets import SparseTargets
-from logitstore.zarr_store import ZarrStore
 from logitstore.zip_store import ZIP_SUFFIX
 
 NAMED = 3
@@ -69,7 +67,8 @@ def merge(sources: Sequence[str | Path], out: Path, *, writer: str = "merge", qu
     target = existing(out)
     if target is not None:
         target.manifest.require_compatible(stores[0].manifest, out)
-    lacking = _require_agreement(stores, target, _left_by(writer, target), quiet=quiet)
+    left = {document.key: document for document in left_by(writer, target)}
+    lacking = _require_agreement(stores, target, left, quiet=quiet)
     given = sum(map(len, stores))
     if target is not None and out.suffix == ZIP_SUFFIX:
         if lacking:
@@ -115,13 +114,6 @@ def _require_same(one: Store, other: Store) -> None:
             f"{one.path} was built with {what} {of_one}, {other.path} with {of_other}; "
             "only stores of one teacher and recipe can be merged: leave one out"
         )
-
-
-def _left_by(writer: str, target: Store | None) -> dict[bytes, DocumentRecord]:
-    """What a command that was stopped has kept in the target, and would be gone on with, by key."""
-    if not isinstance(target, ZarrStore) or not isinstance(target.files, LocalFiles):
-        return {}  # another kind of store leaves nothing
-    return {document.key: document for document in leftovers(journal_of(target, writer), target)}
 
 
 def _require_agreement(

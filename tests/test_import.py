@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from distill_cli.logitstore import main
 from logitstore.errors import IncompatibleStoreError
 from logitstore.foreign import open_foreign
 from logitstore.import_cache import ImportConfig, import_cache
+from logitstore.journal import ShardWriter
 from logitstore.manifest import Manifest
 from logitstore.store import open_store
 from logitstore.verify import verify
 from tests.stores import contents, manifest
+from tests.test_convert import held
 from tests.test_foreign_axolotl import prepared
 from tests.test_foreign_axolotl import write as write_axolotl
 from tests.test_foreign_document import teacher, top
@@ -161,6 +164,29 @@ def test_typed_again_it_changes_nothing_and_another_cache_is_refused(tmp_path: P
     with pytest.raises(IncompatibleStoreError, match="teacher weights"):
         import_cache(config(tmp_path, source, teacher="another"))
     assert contents(tmp_path / "s.zarr") == before
+
+
+def test_a_cache_that_is_read_with_other_options_is_refused_and_nothing_is_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {"format": "axolotl", "assume_normalised": True, "renormalised": False, "alignment": "current"}
+    right, wrong = (config(tmp_path, axolotl(tmp_path / "c"), temperature=t, **usual) for t in (2.0, 3.0))
+    import_cache(right)
+    before = contents(tmp_path / "s.zarr")
+    with pytest.raises(IncompatibleStoreError, match=r"^documents [0-9a-f]{12} have other targets in \S+s.zarr than"):
+        import_cache(wrong)
+    assert contents(tmp_path / "s.zarr") == before
+    for suffix in ("zarr", "zip"):
+        right, wrong = (replace(each, out=tmp_path / f"t.{suffix}") for each in (right, wrong))
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(ShardWriter, "commit", Mock(side_effect=KeyboardInterrupt))
+            import_cache(wrong)
+        if suffix == "zarr":
+            with pytest.raises(IncompatibleStoreError, match="nothing was written"):
+                import_cache(right)
+        else:  # it is no store yet, and begun anew
+            import_cache(right)
+            assert held(tmp_path / "t.zip") == held(tmp_path / "s.zarr")
 
 
 @pytest.mark.parametrize(
