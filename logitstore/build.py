@@ -27,6 +27,7 @@ from logitstore.sequences import TokenizeReport, require_places, tokenize
 from logitstore.store import create_store, open_store
 from logitstore.survey import Survey, take_survey
 from logitstore.teacher import Teacher
+from logitstore.zip_store import ZIP_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,11 @@ def build(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) 
         LogitstoreError: see `logitstore.errors`; nothing that was finished is lost.
     """
     part = Part.parse(config.shard)
+    if config.out.suffix == ZIP_SUFFIX and not config.out.is_dir():
+        raise ConfigError(
+            f"{config.out} is to be a zip file, which cannot be added to; type --out "
+            f"{config.out.with_suffix('.zarr')}, and then `logitstore convert`"
+        )
     if config.out.exists():
         open_store(config.out)  # not a store, or a damaged one: say so before a teacher is loaded
     rows = documents_of(config)

@@ -92,6 +92,7 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
     ("line", "expected"),
     [
         # datasets
+        (BUILD[: -len("zarr")] + "zip", r"zip is to be a zip file, which .* added to; type --out .*.zarr, and then"),
         (BUILD + " --dataset {folder}/none.jsonl", r"none.jsonl does not exist; expected a .jsonl"),
         (BUILD + " --dataset {folder}/empty.jsonl", r"no rows; expected at least one of"),
         (
