@@ -115,7 +115,8 @@ def _folder(store: ZarrStore, folder: Path, take: Take) -> None:
 
 
 def _repeated(store: ZarrStore, folder: Path, take: Take, *, dry_run: bool) -> None:
-    """Shards that hold nothing that an earlier one does not hold: no reader, not even one that runs, looks into them.
+    """Shards that hold nothing that an earlier one does not hold: no reader looks into them, but one that was opened
+    before the index was last written, for which another was the earlier; that looks again.
 
     The index names them, so it goes first and is written again last: in between the store is read shard by shard, in
     another order, so that only one process at a time may tell which of two shards is the earlier.

@@ -4,11 +4,11 @@ What lies in names that begin with a dot is not finished. Opening reads the root
 documents where the index does not know it yet.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from logitstore.zarr_writer import write_documents, write_fidelity, write_index,
 if TYPE_CHECKING:
     from logitstore.journal import ShardWriter
 
+T = TypeVar("T")
 VOCABULARY_FILES = {"bytes": "c/0", "lengths": "c/0/0"}
 MAP_PREFIX = "vocabulary-map-"
 """How the names of the folders begin that `saved_maps` keeps."""
@@ -119,7 +120,7 @@ class ZarrStore:
 
     def __contains__(self, key: object) -> bool:
         """Whether a document with this key (`logitstore.key.document_key`) is there; reads no values."""
-        return isinstance(key, bytes) and self.catalog.number_of(key) is not None
+        return isinstance(key, bytes) and self._looking(lambda: self.catalog.number_of(key)) is not None
 
     @property
     def positions(self) -> int:
@@ -159,8 +160,13 @@ class ZarrStore:
 
     def get(self, token_ids: npt.ArrayLike, temperature: float | None = None, replica: int = 0) -> SparseTargets | None:
         """Look a document up by its token ids [L]; None is a miss. See `contract.Store`."""
-        place = self.catalog.locate(np.asarray(token_ids))
-        return None if place is None else self._read(*place, temperature, replica)
+        ids = np.asarray(token_ids)
+
+        def read() -> SparseTargets | None:
+            place = self.catalog.locate(ids)
+            return None if place is None else self._read(*place, temperature, replica)
+
+        return self._looking(read)
 
     def answer(self, token_ids: npt.NDArray[np.integer]) -> DocumentRecord | None:
         """The same as a teacher gave it: of the document, or of its first tokens where no more is answered.
@@ -168,17 +174,26 @@ class ZarrStore:
         Raises:
             CorruptStoreError, ValueError: as for `get`.
         """
-        place = self.catalog.locate(token_ids)
-        if place is None:
-            return None
-        shard, document, count = place
-        found = shard.document(document)
-        return DocumentRecord(found.token_ids[: count + 1], found.records[:count])
+
+        def read() -> DocumentRecord | None:
+            place = self.catalog.locate(token_ids)
+            if place is None:
+                return None
+            shard, document, count = place
+            found = shard.document(document)
+            return DocumentRecord(found.token_ids[: count + 1], found.records[:count])
+
+        return self._looking(read)
 
     def codes(
         self, documents: Sequence[npt.NDArray[np.integer]], temperature: float | None = None, replica: int = 0
     ) -> list[Codes | None]:
         """See `contract.Store`. All are decoded together."""
+        return self._looking(lambda: self._codes(documents, temperature, replica))
+
+    def _codes(
+        self, documents: Sequence[npt.NDArray[np.integer]], temperature: float | None, replica: int
+    ) -> list[Codes | None]:
         number, form = self.manifest.recipe.set_number(temperature, replica), self.manifest.recipe.form
         by_shard: dict[str, list[tuple[int, tuple[int, int]]]] = {}
         for i, token_ids in enumerate(documents):
@@ -203,7 +218,7 @@ class ZarrStore:
 
     def answered(self, token_ids: npt.NDArray[np.integer]) -> int:
         """How many positions of a document `get` would answer; reads no values."""
-        place = self.catalog.locate(token_ids)
+        place = self._looking(lambda: self.catalog.locate(token_ids))
         return 0 if place is None else place[2]
 
     def document(
@@ -320,6 +335,18 @@ class ZarrStore:
                 group = f"{folder}/{GROUP}".lstrip("/")
                 yield group, self.files.size(group)
                 yield from ((f"{folder}/{name}".lstrip("/"), entry["bytes"]) for name, entry in files.items())
+
+    def _looking(self, read: Callable[[], T]) -> T:
+        """Look documents up, once more where a shard was taken away meanwhile: `gc` leaves them in another."""
+        before = set(self.shard_names)
+        try:
+            return read()
+        except CorruptStoreError:
+            if isinstance(self.files, LocalFiles):
+                self.refresh()
+            if before.issubset(self.shard_names):
+                raise
+            return read()
 
     def _read(self, shard: Shard, document: int, count: int, temperature: float | None, replica: int) -> SparseTargets:
         recipe = self.manifest.recipe

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
@@ -143,6 +144,19 @@ def test_a_shard_that_repeats_a_damaged_one_stays(store: ZarrStore) -> None:
     assert report.removed == [] and "verify --repair" in report.kept[0].why
     repair(store.folder, quiet=True)
     assert len(open_store(store.folder)) == 6 and verify(store.folder, quiet=True).problems == []
+
+
+@pytest.mark.parametrize("ask", ["get", "codes", "answer", "answered", "__contains__"])
+def test_a_reader_that_knew_the_shard_that_goes_as_the_first_finds_its_documents_in_the_other(
+    store: ZarrStore, ask: str
+) -> None:
+    name = repeated(store, 1)
+    document = store.shard(name).document(2)
+    reader = open_store(store.folder)
+    store.save_index()
+    assert [leftover.path.name for leftover in gc(store.folder).removed] == [name]
+    asked: Any = {"codes": [document.token_ids], "__contains__": document.key}.get(ask, document.token_ids)
+    assert getattr(reader, ask)(asked) not in (None, [None], 0, False)
 
 
 def test_two_at_a_time_leave_one_of_two_shards_that_say_the_same(
