@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -90,15 +91,13 @@ def beginning(path: Path) -> Iterator[Path | None]:
     Raises:
         StoreWriteError: the place cannot be written.
     """
-    beside = f".partial-{path.name}-"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone_in(path.parent) as alone:
             if alone:
-                for left in path.parent.iterdir():
-                    if left.name.startswith(beside):
-                        _remove(left)
-            partial = None if path.exists() else path.with_name(beside + uuid4().hex)
+                for left in begun_beside(path):
+                    _remove(left)
+            partial = None if path.exists() else path.with_name(f".partial-{path.name}-{uuid4().hex}")
             try:
                 yield partial
             finally:
@@ -107,6 +106,12 @@ def beginning(path: Path) -> Iterator[Path | None]:
                         _remove(partial)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def begun_beside(path: Path) -> list[Path]:
+    """What is being made to be given this name, or was when a process was killed; nothing of names that begin alike."""
+    name = re.compile(rf"\.partial-{re.escape(path.name)}-[0-9a-f]+(-lock)?")
+    return sorted(found for found in path.parent.iterdir() if name.fullmatch(found.name))
 
 
 def _remove(path: Path) -> None:

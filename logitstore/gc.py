@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from logitstore.contract import Store
-from logitstore.durable import alone_in, cannot_write
+from logitstore.durable import alone_in, begun_beside, cannot_write
 from logitstore.errors import ConfigError
 from logitstore.incoming import FOLDER as INCOMING
 from logitstore.incoming import LOCK, age_s
@@ -159,7 +159,7 @@ def _is_damaged(store: ZarrStore, name: str) -> bool:
 def _beside(path: Path, take: Take) -> None:
     """What writers have left beside a store: stores that were being begun, locks, and what was to become a zip file."""
     with alone_in(path.parent):  # so no store is being begun
-        for left in sorted(path.parent.glob(f".partial-{path.name}-*")):
+        for left in begun_beside(path):
             take(left, "a store that a killed process had not begun")
     if path.is_file():
         for lock in sorted(path.parent.glob(f".{path.name}-*")):

@@ -16,10 +16,11 @@ from logitstore.journal import ShardWriter
 from logitstore.merge import convert
 from logitstore.recipe import DocumentRecord
 from logitstore.repair import repair
-from logitstore.store import open_store
+from logitstore.replaced import replaced
+from logitstore.store import create_store, open_store
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
-from tests.stores import contents, records, small_store
+from tests.stores import VOCABULARY, contents, manifest, records, small_store
 from tests.test_convert import held
 
 
@@ -189,6 +190,14 @@ def test_strays_and_quarantined_shards_are_not_its_business(store: ZarrStore) ->
     report = gc(store.folder)
     assert report.removed == [] and "quarantined" in report.kept[0].why
     assert stray.exists() and aside.exists()
+
+
+def test_what_is_being_written_under_a_name_that_begins_alike_stays(tmp_path: Path) -> None:
+    with replaced(tmp_path / "s-2.zip") as file:
+        create_store(tmp_path / "s", manifest(), VOCABULARY)
+        assert gc(tmp_path / "s").removed == []
+        file.write(b"whole")
+    assert (tmp_path / "s-2.zip").read_bytes() == b"whole"
 
 
 def test_locks_beside_an_lmdb_file_and_what_was_to_become_a_zip_file_go(store: ZarrStore, tmp_path: Path) -> None:
