@@ -12,7 +12,8 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Set
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import numpy.typing as npt
 from logitstore.errors import StoreLostError
 
 OPEN_FILES = 64
+"""Of one folder so many handles stay open, and of all together twice as many, or one each: macOS gives a process 256,
+of which every index takes 4."""
 WRITE_ONCE = "shards/"
 """Files below this are never replaced, so a handle may stay open."""
 _LOCAL_HEADER, _LOCAL_MAGIC = struct.Struct("<4s22xHH"), b"PK\3\4"
@@ -87,10 +90,13 @@ class Files(Protocol):
 class LocalFiles:
     """A folder. Safe for several threads."""
 
+    _all: ClassVar["WeakSet[LocalFiles]"] = WeakSet()
+
     def __init__(self, root: Path, write_once: str = WRITE_ONCE) -> None:
         self.root, self._write_once = root, write_once
         self._handles: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
+        self._all.add(self)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See `Files`."""
@@ -103,7 +109,7 @@ class LocalFiles:
             if handle is None:
                 handle = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
             self._handles[name] = handle
-            if len(self._handles) > OPEN_FILES:
+            while len(self._handles) > min(OPEN_FILES, max(1, 2 * OPEN_FILES // len(self._all))):
                 os.close(self._handles.popitem(last=False)[1])
             size = os.fstat(handle).st_size
             return os.pread(handle, max(min(size if stop is None else stop, size) - start, 0), start)

@@ -13,6 +13,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import obstore
@@ -84,7 +85,10 @@ def test_a_folder_gives_parts_of_files_and_no_hidden_ones(tmp_path: Path) -> Non
             files.read(name)
 
 
-def test_a_folder_keeps_few_files_open_and_many_threads_read_it(tmp_path: Path) -> None:
+def test_a_folder_keeps_few_files_open_and_many_threads_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LocalFiles, "_all", WeakSet())  # those of other tests do not count
     names = [f"shards/{i:03}" for i in range(2 * OPEN_FILES)]
     (tmp_path / "shards").mkdir()
     for name in names:
@@ -107,6 +111,20 @@ def test_a_folder_keeps_few_files_open_and_many_threads_read_it(tmp_path: Path) 
 
 
 # ---- a zip file -----------------------------------------------------------------------------------------------------
+
+
+def test_many_folders_together_keep_no_more_than_two_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalFiles, "_all", WeakSet())
+    (tmp_path / "shards").mkdir()
+    for i in range(OPEN_FILES):
+        (tmp_path / f"shards/{i}").write_bytes(b"%d" % i)
+    for count in (1, 2, 8, 3 * OPEN_FILES):
+        folders = [LocalFiles(tmp_path) for _ in range(count)]
+        for files in folders:
+            assert all(files.read(f"shards/{i}") == b"%d" % i for i in range(OPEN_FILES))
+        kept = sum(len(files._handles) for files in folders)
+        assert kept == max(count, min(2, count) * OPEN_FILES)
+        del files, folders
 
 
 def zipped(folder: Path, compression: int = zipfile.ZIP_STORED, extra: dict[str, bytes] | None = None) -> Path:
