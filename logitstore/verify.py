@@ -89,7 +89,9 @@ def verify(path: str | Path, *, quiet: bool = False) -> VerifyReport:
             mapped |= names
             problems += found
         expected = {GROUP, *root.files, *indexed, measured, *mapped}
-        problems += _strays(set(there).difference(*shards.values()), expected)
+        strays = list(_strays(set(there).difference(*shards.values()), expected))
+        still = set(files.names()) if strays else set()  # what was replaced since is none
+        problems += (problem for problem in strays if problem.file in still)
     except CorruptStoreError:
         problems.append(Problem(GROUP, DAMAGED))
 
@@ -98,14 +100,20 @@ def verify(path: str | Path, *, quiet: bool = False) -> VerifyReport:
         try:
             entry = read_entry(files, prefix)
         except CorruptStoreError:
-            problems.append(Problem(f"{prefix}/{GROUP}", DAMAGED))
+            if _is_shard(files, name):
+                problems.append(Problem(f"{prefix}/{GROUP}", DAMAGED))
             continue
         listed = {f"{prefix}/{file}" for file in (*entry.files, GROUP)}
         broken = [*_strays(shards[name], listed)]
         broken += (Problem(f"{prefix}/{p.file}", p.fault) for p in file_problems(files, prefix, entry.files))
-        problems += broken
         if manifest and not broken:
-            problems += content_problems(Shard(files, name, manifest.recipe), manifest)
+            try:
+                broken += content_problems(Shard(files, name, manifest.recipe), manifest)
+            except CorruptStoreError:
+                broken.append(Problem(f"{prefix}/{GROUP}", DAMAGED))
+        if broken and not _is_shard(files, name):
+            continue
+        problems += broken
         documents += entry.documents
         positions += entry.positions
     return VerifyReport(len(there), documents, positions, problems)
@@ -119,6 +127,14 @@ def _shards(files: Files, path: str | Path) -> set[str]:
         if index is None:
             raise StoreFormatError(f"{path} has no index, so a plain web server does not tell what is there") from error
         return set(index.shards)
+
+
+def _is_shard(files: Files, name: str) -> bool:
+    """Whether a shard is still there: `gc` and `repair` take some away."""
+    try:
+        return name in files.folders("shards")
+    except CannotList:
+        return True
 
 
 def _named(files: Files, path: str | Path) -> list[str]:
@@ -141,17 +157,28 @@ def _index_problems(
     mine = {name for name in there if name.startswith(f"{FOLDER}/")}
     if not mine:
         return set(), []
-    try:
-        index = read_index(files, path)
-    except CorruptStoreError:
-        return mine, [Problem(f"{FOLDER}/{GROUP}", DAMAGED)]
-    if index is None:
-        return set(), []  # files of what is no index
-    problems = [Problem(f"{FOLDER}/{p.file}", p.fault) for p in file_problems(files, FOLDER, index.files)]
+    while True:
+        try:
+            before, index = _index_group(files), read_index(files, path)
+        except CorruptStoreError:
+            return mine, [Problem(f"{FOLDER}/{GROUP}", DAMAGED)]
+        if index is None:  # files of what is no index, or of one that is being replaced
+            return mine if f"{FOLDER}/{GROUP}" in mine else set(), []
+        problems = [Problem(f"{FOLDER}/{p.file}", p.fault) for p in file_problems(files, FOLDER, index.files)]
+        if not problems or _index_group(files) == before:
+            break
     problems += [
-        Problem(f"shards/{name}", "is gone; the index knows it") for name in index.shards if name not in shards
+        Problem(f"shards/{name}", "is gone; the index knows it")
+        for name in index.shards
+        if name not in shards and not _is_shard(files, name)
     ]
     return {f"{FOLDER}/{name}" for name in (*index.files, GROUP)}, problems
+
+
+def _index_group(files: Files) -> bytes | None:
+    with suppress(OSError):  # told by who reads it whole
+        return read_group(files, FOLDER)
+    return None
 
 
 def _fidelity_problems(files: Files, name: str) -> Iterator[Problem]:

@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logitstore import verify as verifying
 from logitstore.chunks import pack, sharded, unpack
+from logitstore.entries import Root
 from logitstore.errors import StoreError, StoreFormatError, StoreNotFoundError
+from logitstore.files import Files, LocalFiles
+from logitstore.gc import remove_index
 from logitstore.manifest import Manifest
 from logitstore.saved_maps import save_vocabulary_map, saved_vocabulary_map
 from logitstore.sealed import GROUP, file_entries, seal_group
@@ -290,6 +294,28 @@ def test_weights_of_any_selection_are_those_of_a_distribution(tmp_path: Path) ->
         store = ZarrStore.create(tmp_path / select, made, VOCABULARY)
         store.write_documents(records([20, 3], recipe=made.recipe))
         assert verify(store.path, quiet=True).problems == []
+
+
+@pytest.mark.parametrize("change", ["a shard", "an index", "no index", "a shard less"])
+def test_what_a_writer_or_gc_changes_meanwhile_is_no_damage(
+    store: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    reading = verifying.read_root
+
+    def meanwhile(files: Files, path: Path) -> Root:  # after the first look at what is there
+        writer = ZarrStore(LocalFiles(store), store)
+        if change in ("a shard", "an index"):
+            writer.write_documents(records([9, 300], seed=7))
+        if change in ("no index", "a shard less"):
+            remove_index(store)
+        if change == "an index":
+            writer.save_index()
+        if change == "a shard less":
+            shutil.rmtree(shard_folder(writer))
+        return reading(files, path)
+
+    monkeypatch.setattr(verifying, "read_root", meanwhile)
+    assert verify(store, quiet=True).problems == []
 
 
 def test_there_must_be_a_store_to_verify(tmp_path: Path) -> None:
