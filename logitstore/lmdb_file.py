@@ -31,6 +31,8 @@ LOCK_SUFFIX = "-lock"
 
 _READERS = 510
 _PASSING = (lmdb.ReadersFullError, lmdb.TlsFullError, lmdb.LockError)
+_FORKED = "it was open where this process was forked from; open it after the fork, or let processes be spawned"
+"""LMDB opens a file once a process, and a fork inherits that without being allowed to use it."""
 _FIRST_MAP, _MOST_GROWTH = 64 << 20, 1 << 30
 _TRIES, _PAUSE_S = 50, 0.01
 _MOST_PAGE = 1 << 16
@@ -197,8 +199,9 @@ class LmdbFile:
         try:
             yield
         except (lmdb.Error, lmdb.MemoryError) as error:
-            why = first_line(error)
-            passing = isinstance(error, _PASSING)
+            why, passing = first_line(error), isinstance(error, _PASSING)
+            if "already open in this process" in why:
+                why, passing = _FORKED, True
             require_damage(CannotReach(why) if passing else OSError(getattr(error, "code", None), why), self.path)
             raise self._damaged(why) from error
 

@@ -98,6 +98,18 @@ def test_a_file_that_cannot_be_read_now_is_not_told_to_be_damaged(
         assert "\n" not in str(caught.value)
 
 
+def test_a_fork_that_opens_what_was_open_before_is_told_that_and_not_of_damage(store: LmdbStore) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            LmdbStore(store.path)
+        except StoreLostError as error:
+            os._exit(42 if "open it after the fork" in str(error) else 1)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
 def test_a_store_of_a_newer_format_is_refused_by_name(store: LmdbStore) -> None:
     def newer(txn: Any, counts: Counts) -> Counts:
         root = unseal_group(txn.get(ROOT), "")
