@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore.entries import ShardEntry, unreadable
-from logitstore.errors import IncompatibleStoreError, StoreFormatError
+from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError
 from logitstore.files import CannotList, Files, LocalFiles
 from logitstore.index import EMPTY, Table, block_counts, block_ends, common_length, find, key_hash, key_hashes
 from logitstore.key import document_key
@@ -92,10 +92,20 @@ class Catalog:
         self._look(self.index)
 
     def _look(self, index: StoredIndex | None) -> None:
-        """See what there is now, by this index or by the one that is read."""
+        """See what there is now, by this index or by the one that is read; again where a shard goes meanwhile."""
+        while True:
+            found = index or read_index(self._files, self._path)
+            there = self._listed(found)
+            try:
+                self._take(found, there)
+                return
+            except CorruptStoreError:
+                if there <= self._listed(found):
+                    raise
+
+    def _take(self, index: StoredIndex | None, there: set[str]) -> None:
+        """Number the documents of the shards that are there."""
         before = self._view
-        index = index or read_index(self._files, self._path)
-        there = self._listed(index)
         if not there.issuperset(before.names):  # one that was taken away may come back, computed again
             self._open.clear()
             self._checked.clear()

@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from logitstore.entries import shard_name
+from logitstore.files import Files
 from logitstore.gc import gc, remove_index
 from logitstore.journal import ShardWriter
 from logitstore.merge import convert
 from logitstore.recipe import DocumentRecord
 from logitstore.repair import repair
 from logitstore.replaced import replaced
+from logitstore.shard import Shard
 from logitstore.store import create_store, open_store
 from logitstore.verify import verify
 from logitstore.zarr_store import ZarrStore
@@ -158,6 +160,21 @@ def test_a_reader_that_knew_the_shard_that_goes_as_the_first_finds_its_documents
     assert [leftover.path.name for leftover in gc(store.folder).removed] == [name]
     asked: Any = {"codes": [document.token_ids], "__contains__": document.key}.get(ask, document.token_ids)
     assert getattr(reader, ask)(asked) not in (None, [None], 0, False)
+
+
+def test_a_shard_that_goes_while_a_store_is_opened_is_passed_over(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = repeated(store, 1)
+    remove_index(store.folder)
+
+    def reading(files: Files, name: str, *rest: Any, **more: Any) -> Shard:
+        if name == again:
+            shutil.rmtree(store.folder / "shards" / name, ignore_errors=True)
+        return Shard(files, name, *rest, **more)
+
+    monkeypatch.setattr("logitstore.catalog.Shard", reading)
+    assert len(open_store(store.folder)) == 6
 
 
 def test_two_at_a_time_leave_one_of_two_shards_that_say_the_same(
