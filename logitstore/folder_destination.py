@@ -11,11 +11,14 @@ from logitstore.errors import ConfigError, CorruptStoreError, StoreWriteError
 from logitstore.files import LocalFiles
 from logitstore.incoming import SPARE_BYTES, Incoming, WrongOffsetError
 from logitstore.moved import Pieces, Source
-from logitstore.parts import Part, folder_of
+from logitstore.parts import FIDELITY, Part, folder_of
 from logitstore.sealed import GROUP, file_digest, read_group, unseal_group
-from logitstore.zarr_store import ZarrStore
+from logitstore.stored_index import FOLDER
+from logitstore.zarr_store import MAP_PREFIX, ZarrStore
 
 SUFFIXES = (".zip", ".lmdb")
+_OF_A_STORE = {"vocabulary", "shards", FOLDER, FIDELITY}
+"""What may be there before the root is, of a move that was stopped."""
 
 
 class FolderDestination:
@@ -40,6 +43,7 @@ class FolderDestination:
                 f"{path} is no folder; type one, as in {path.with_suffix('.zarr')}, and then `logitstore convert`"
             )
         require_outside_stores(path)
+        _require_own(path)
         try:
             with cls(path)._incoming.alone():
                 yield cls(path)
@@ -131,6 +135,19 @@ class FolderDestination:
         store = ZarrStore(LocalFiles(self.path), self.path)
         store.save_index()
         return f"{len(store):,} documents, {store.positions:,} positions"
+
+
+def _require_own(path: Path) -> None:
+    """Raise ConfigError where a folder holds other things than a store: they would lie in one among its files."""
+    try:
+        found = sorted(each.name for each in path.iterdir() if not each.name.startswith((".", MAP_PREFIX)))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    other = next((name for name in found if name not in _OF_A_STORE), None)
+    if other is not None and GROUP not in found:
+        raise ConfigError(f"{path} holds {other}, which is no part of a store; type a folder of the store's own")
 
 
 def _damaged(path: Path, name: str) -> CorruptStoreError:

@@ -112,7 +112,13 @@ def _client(place: str, *, quiet: bool) -> ServiceClient:
 
 
 def _split(place: str) -> tuple[str, str]:
-    """The scheme of a URL, "" for a path, and what follows."""
+    """The scheme of a URL, "" for a path, and what follows.
+
+    Raises:
+        ConfigError: nothing, as of a variable that is not set; as a path that is where one stands.
+    """
+    if not place:
+        raise ConfigError("a place is empty; type a folder, a zip file or a URL")
     match = _URL.fullmatch(place)
     if match is None or match[1] == "file":
         return "", match[2] if match else place

@@ -299,6 +299,9 @@ def test_places_that_take_no_store_are_one_line(tmp_path: Path) -> None:
         (tmp_path / "l.lmdb", tmp_path / "t", "is an LMDB file, .* type `logitstore convert .*l.lmdb .*l.zarr` first"),
         (store.folder, tmp_path / "t.zip", r"t.zip is no folder; type one, as in .*t\.zarr"),
         (store.folder, store.folder / "t", "lies inside .*s, which is a store"),
+        (store.folder, tmp_path, r"holds l.lmdb, which is no part of a store; type a folder of the store's own"),
+        (store.folder, "", "a place is empty; type a folder"),
+        ("", tmp_path / "t", "a place is empty; type a folder"),
     ):
         with pytest.raises(ConfigError, match=message):
             push(str(source), str(place), quiet=True)
