@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 from logitstore.contract import Store
@@ -162,8 +163,10 @@ def _beside(path: Path, take: Take) -> None:
         for left in begun_beside(path):
             take(left, "a store that a killed process had not begun")
     if path.is_file():
-        for lock in sorted(path.parent.glob(f".{path.name}-*")):
-            take(lock, "the lock of a writer that was killed", lock)
+        for lock in sorted(path.parent.glob(f".{escape(path.name)}-*")):
+            with suppress(FileNotFoundError):  # its owner has finished meanwhile
+                if lock.is_file() and not lock.stat().st_size:  # nothing is written into one
+                    take(lock, "the lock of a writer that was killed", lock)
     if path.suffix == ZIP_SUFFIX:
         lock = path.with_name(f".partial-{path.name}")
         for left in (unzipped(path), lock):

@@ -209,6 +209,15 @@ def test_strays_and_quarantined_shards_are_not_its_business(store: ZarrStore) ->
     assert stray.exists() and aside.exists()
 
 
+def test_what_else_lies_beside_an_lmdb_file_under_a_name_like_a_locks_stays(store: ZarrStore, tmp_path: Path) -> None:
+    convert(store.folder, tmp_path / "s.lmdb", quiet=True)
+    (tmp_path / ".s.lmdb-notes").write_text("mine")
+    (tmp_path / ".s.lmdb-copies").mkdir()
+    lock = left(tmp_path / ".s.lmdb-build", b"")
+    assert [each.path for each in gc(tmp_path / "s.lmdb").removed] == [lock]
+    assert (tmp_path / ".s.lmdb-notes").read_text() == "mine" and (tmp_path / ".s.lmdb-copies").is_dir()
+
+
 def test_what_is_being_written_under_a_name_that_begins_alike_stays(tmp_path: Path) -> None:
     with replaced(tmp_path / "s-2.zip") as file:
         create_store(tmp_path / "s", manifest(), VOCABULARY)
@@ -220,7 +229,7 @@ def test_what_is_being_written_under_a_name_that_begins_alike_stays(tmp_path: Pa
 def test_locks_beside_an_lmdb_file_and_what_was_to_become_a_zip_file_go(store: ZarrStore, tmp_path: Path) -> None:
     for suffix in ("lmdb", "zip"):
         convert(store.folder, tmp_path / f"b.{suffix}", quiet=True)
-    left(tmp_path / ".b.lmdb-build")
+    left(tmp_path / ".b.lmdb-build", b"")
     left(tmp_path / ".unzipped-b.zip" / "zarr.json")
     with open_store(tmp_path / "b.lmdb").writer("other"):
         assert [leftover.path.name for leftover in gc(tmp_path / "b.lmdb").removed] == [".b.lmdb-build"]
