@@ -1,14 +1,18 @@
 from pathlib import Path
 from typing import Any
 
+from distill_kernels import SparseKL, split_head
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from distill_trainer.batch_loss import batch_loss
 from distill_trainer.batches import Batch, Weighing, collate
-from distill_trainer.gradients import checkpoint_layers
+from distill_trainer.gradients import checkpoint_layers, value_and_gradient
 from distill_trainer.student import load_student, make_trainable
 from logitstore.errors import ModelError
 from logitstore.model import load_model
@@ -60,6 +64,42 @@ def test_eight_batches_of_one_document_are_one_batch_of_eight(world: World) -> N
     found, accumulated = gradient(model, alone)
     assert np.allclose(found, means, rtol=1e-5)
     assert equal(whole, accumulated)
+
+
+def test_a_student_in_float16_has_the_same_gradient_however_many_rows_a_batch_has(world: World) -> None:
+    path = save_tiny_model(world.folder / "wide", seed=3, vocab_size=20_000, layers=1, tied=False)
+    (batch,) = batches(world, (0, 1, 2, 3, 4, 5) * 8)
+    assert len(batch.rows) > 1000  # 1 / 1,000 / 20,000 is nothing in float16
+    found = []
+    for dtype in (mx.float32, mx.float16):
+        model: Any = load_model(path).model
+        model.lm_head.weight += 0.5  # tokens have much in common; over all of them its gradient is 0
+        model.set_dtype(dtype)
+        model.freeze()
+        mx.random.seed(0)
+        linear_to_lora_layers(model, 1, {"rank": 4, "dropout": 0.0, "scale": 10.0})
+        head = split_head(model)
+        step = value_and_gradient(model, lambda losses, batch, head=head: batch_loss(head, losses, batch))
+        means, gradients = step(SparseKL(), batch)
+        flat = [np.array(g, np.float64).ravel() for _, g in tree_flatten(gradients)]
+        found.append((np.array([mean.item() for mean in means]), np.concatenate(flat)))
+    (truth, exact), (rounded, half) = found
+    assert np.allclose(rounded, truth, rtol=0.01)
+    assert np.linalg.norm(half - exact) < 0.03 * np.linalg.norm(exact)
+
+
+def test_a_sum_that_float16_cannot_hold_is_taken_in_part(world: World) -> None:
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.w = mx.array(1.0, mx.float16)
+
+    (batch,) = batches(world, (0, 1, 2))
+    model, share = Steep(), batch.kd_weight.sum().item() / len(batch.rows)
+    step = value_and_gradient(model, lambda _, b: ((model.w * b.kd_weight.mean().astype(mx.float16)) * 20_000,))
+    (loss,), gradients = step(None, batch)
+    assert share * len(batch.rows) * 20_000 > 65_504 > share * 20_000
+    assert [loss.item(), gradients["w"].item()] == pytest.approx([share * 20_000] * 2, rel=2e-3)
 
 
 def test_no_pad_token_is_trained_though_it_is_the_token_that_ends_every_document(world: World) -> None:

@@ -88,6 +88,11 @@ class Batch(NamedTuple):
         answered = self.kd_weight > 0
         return answered.sum() if self.row_weights is None else mx.where(answered, self.row_weights, 0).sum()
 
+    def times(self, factor: float) -> "Batch":
+        """The batch whose total loss is so many times as large, all of its means being the same."""
+        beside = tuple(each._replace(weights=each.weights * factor) for each in self.beside)
+        return self._replace(kd_weight=self.kd_weight * factor, ce_weight=self.ce_weight * factor, beside=beside)
+
 
 @dataclass(frozen=True)
 class Weighing:

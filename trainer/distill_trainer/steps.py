@@ -13,7 +13,6 @@ from typing import Any, cast
 import distill_kernels
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from distill_trainer.batches import Weighing, collate, epochs
 from distill_trainer.checkpoint import Checkpoints
 from distill_trainer.config import TrainConfig
 from distill_trainer.draw import Draw
-from distill_trainer.gradients import clipped
+from distill_trainer.gradients import clipped, value_and_gradient
 from distill_trainer.held_out import due, hold_out
 from distill_trainer.interrupts import uninterrupted
 from distill_trainer.method import Method, learner, reported, with_methods, with_teacher
@@ -75,7 +74,7 @@ def run_steps(
     if not asks:  # else two threads would share the GPU
         left = (config.iters - report.steps) * config.grad_accumulation_steps  # nobody is asked for what is not used
         answers = prefetched(islice(answers, left), AHEAD)
-    step = nn.value_and_grad(
+    step = value_and_gradient(
         model, lambda losses, batch: with_methods(partial(batch_loss, head, losses), methods, batch)
     )
     longest = config.max_seq_length if config.pack else None
