@@ -18,6 +18,7 @@ import pytest
 
 from distill_trainer.batch_loss import batch_loss
 from distill_trainer.held_out import HeldOut
+from distill_trainer.output import output_folder
 from distill_trainer.targets import TargetSource
 from distill_trainer.train import train
 from logitstore.errors import ConfigError, CorruptStoreError, ModelError
@@ -156,6 +157,17 @@ def test_the_best_checkpoint_is_not_one_whose_held_out_loss_is_no_number(
     monkeypatch.setattr(HeldOut, "measure", lambda *_: {"valid_loss": next(losses)})
     world.train(tmp_path / "o", alpha=0, iters=3, save_every=1, valid_dataset=str(world.data))
     assert kept(tmp_path / "o") == [2, 3]
+
+
+def test_a_run_does_not_go_on_in_a_folder_that_another_is_still_writing_to(tmp_path: Path, world: World) -> None:
+    out, options = tmp_path / "o", {"store": (str(world.store),), "iters": 2, "save_every": 1}
+    world.train(out, **options)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for folder, resume in ((out, True), (tmp_path / "new", False)):
+        with output_folder(folder), pytest.raises(ConfigError, match=f"another run is still writing to {folder}; wait"):
+            train(world.config(folder, **options | {"iters": 3, "resume": resume}))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert world.train(out, **options | {"iters": 3, "resume": True})[0].steps == 3
 
 
 def test_without_save_every_a_run_leaves_no_checkpoint_and_cannot_go_on(tmp_path: Path, world: World) -> None:

@@ -1,6 +1,11 @@
-"""The folder of a run's output: new, with room for the result, gone again where the run ends before its first step."""
+"""The folder of a run's output: new, with room for the result, gone again where the run ends before its first step.
 
+One run at a time has it.
+"""
+
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -52,17 +57,37 @@ def output_folder(out: Path, *, new: bool = True) -> Iterator[Path]:
     """Make the folder of a run's output; take a new one away again where the run ends before its first step.
 
     Raises:
-        ConfigError: it cannot be made: no permission, full disk.
+        ConfigError: it cannot be made: no permission, full disk; another run is still writing there.
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+    with _alone_in(out):
+        try:
+            yield out
+        except BaseException:
+            with suppress(OSError):  # what ended the run is what the user must read
+                if new and not _has_steps(out):
+                    _take_away(out)
+            raise
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; a run that is killed keeps none."""
+    with writing(out):
+        handle = os.open(out, os.O_RDONLY)
     try:
-        yield out
-    except BaseException:
-        with suppress(OSError):  # what ended the run is what the user must read
-            if new and not _has_steps(out):
-                _take_away(out)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another run is still writing to {out}; wait until it has ended or stop it, or type another --out"
+            ) from None
+        except OSError:
+            pass  # some network file systems lock no folders
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
