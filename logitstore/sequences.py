@@ -71,6 +71,9 @@ class TokenizeReport:
     truncated_documents: int = 0
     truncated_tokens: int = 0
     skipped_documents: int = 0
+    """Nothing is trained in them."""
+    trained_beyond: int = 0
+    """Of these, those of which something is trained after the cut."""
 
     def describe(self, different: int | None = None) -> str:
         """One line for the user.
@@ -87,8 +90,24 @@ class TokenizeReport:
                 f"{self.truncated_documents:,} cut at --max-seq-length ({self.truncated_tokens:,} tokens dropped)"
             )
         if self.skipped_documents:
-            parts.append(f"{self.skipped_documents:,} skipped: nothing to train on")
+            beyond = f", in {self.trained_beyond:,} before --max-seq-length" if self.trained_beyond else ""
+            parts.append(f"{self.skipped_documents:,} skipped: nothing to train on{beyond}")
         return "; ".join(parts)
+
+    def require_some(self, max_seq_length: int) -> None:
+        """Check that a sequence was yielded.
+
+        Raises:
+            DatasetError: none was.
+        """
+        if self.skipped_documents == self.documents:
+            longer = (
+                f"--max-seq-length above {max_seq_length}, after which {self.trained_beyond:,} of them have one, or "
+            )
+            raise DatasetError(
+                f"the dataset has {self.documents:,} documents, but none with two tokens and a trained position; "
+                f"type {longer if self.trained_beyond else ''}--dataset with another"
+            )
 
 
 def read_sequences(
@@ -109,11 +128,7 @@ def read_sequences(
     """
     bar = tqdm(rows, desc="tokenize", unit="doc", delay=1, leave=False, disable=quiet)
     sequences = list(tokenize(bar, tokenizer, max_seq_length, report, columns, mask_prompt))
-    if not sequences:
-        raise DatasetError(
-            f"the dataset has {report.documents:,} documents, but none with two tokens and a trained position; "
-            "type --dataset with another"
-        )
+    report.require_some(max_seq_length)
     return sequences
 
 
@@ -155,6 +170,7 @@ def tokenize(
         # that is the one shift: position t predicts token t + 1
         if not trained.any():
             report.skipped_documents += 1
+            report.trained_beyond += any(learned[max_seq_length:])
             continue
         truncated = len(ids) - len(token_ids)
         report.tokens += len(token_ids)

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from logitstore.contract import Store
 from logitstore.documents import Document
-from logitstore.errors import DatasetError
 from logitstore.key import KEY_BYTES, document_key
 from logitstore.plan import Part
 from logitstore.sequences import TokenizeReport, require_ids_below, tokenize
@@ -54,11 +53,7 @@ def take_survey(
         require_ids_below(vocab_size, [sequence], f"teacher {teacher}")
         keys += document_key(sequence.token_ids)
         positions.append(len(sequence.trained))
-    if not positions:
-        raise DatasetError(
-            f"the dataset has {report.documents:,} documents, but none with two tokens and a trained position; "
-            "type --dataset with another"
-        )
+    report.require_some(max_seq_length)
     rows_of_keys = np.frombuffer(bytes(keys), np.uint8).reshape(-1, KEY_BYTES)
     _, first = np.unique(rows_of_keys.view(f"V{KEY_BYTES}")[:, 0], return_index=True)
     first.sort()

@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from logitstore.documents import Document
 from logitstore.errors import ConfigError, DatasetError, ModelError
-from logitstore.sequences import TokenizeReport, TokenSequence, tokenize
+from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, tokenize
 from tests.tiny import tiny_tokenizer
 
 # What Qwen3 does: the last turn opens with (empty) thoughts, which vanish from it once another message follows.
@@ -238,7 +238,7 @@ def test_documents_with_nothing_to_train_are_skipped_and_counted() -> None:
     documents = [Document(row, f"a.jsonl:{i}") for i, row in enumerate(rows, start=1)]
     (kept,) = tokenize(documents, tiny_tokenizer(), 8, report)
     assert kept.where == "a.jsonl:2"
-    assert report == TokenizeReport(4, len(kept.token_ids), len(kept.token_ids) - 1, 0, 0, 3)
+    assert report == TokenizeReport(4, len(kept.token_ids), len(kept.token_ids) - 1, 0, 0, 3, trained_beyond=1)
 
 
 def test_a_max_length_without_a_position_is_refused() -> None:
@@ -264,6 +264,22 @@ def test_the_line_about_a_dataset_says_what_was_cut_skipped_and_equal() -> None:
         "1 cut at --max-seq-length (7 tokens dropped); 1 skipped: nothing to train on"
     )
     assert "equal" not in report.describe()
+
+
+def test_documents_of_which_the_cut_leaves_the_prompt_alone_are_told_by_its_flag() -> None:
+    rows = [
+        {"prompt": "What runs once, and only once?", "completion": "A"},
+        {"prompt": "a", "completion": "The teacher."},
+    ]
+    for length, skipped in ((24, 1), (3, 2)):
+        documents, report = [Document(row, "a.jsonl:1") for row in rows], TokenizeReport()
+        list(tokenize(documents, tiny_tokenizer(), length, report))
+        assert (report.skipped_documents, report.trained_beyond) == (skipped, skipped)
+    with pytest.raises(
+        DatasetError, match=r"type --max-seq-length above 3, after which 2 of them have one, or --dataset"
+    ):
+        read_sequences(documents, tiny_tokenizer(), 3, TokenizeReport(), quiet=True)
+    assert report.describe().endswith("2 skipped: nothing to train on, in 2 before --max-seq-length")
 
 
 def test_without_a_masked_prompt_every_token_is_trained() -> None:
