@@ -191,11 +191,22 @@ def test_on_a_gpu_a_packed_student_of_an_adapter_stays_packed_also_when_it_is_cu
     assert np.allclose(model(TOKENS), student.model(TOKENS), atol=1e-5)
 
 
-def test_keys_that_adapt_no_layer_are_refused(tmp_path: Path) -> None:
-    world = make_world(tmp_path, store=False)
-    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.query"]}
-    with pytest.raises(ConfigError, match="adapt no layer of student student; write keys"):
-        world.train(tmp_path / "o", alpha=0, lora_parameters=parameters)
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"keys": ["self_attn.query"]}, r"adapt no layer self_attn\.query of student student; write keys"),
+        ({"keys": ["self_attn.q_proj", "attn.v_proj"]}, r"adapt no layer attn\.v_proj of student"),
+        ({"keys": []}, r"adapt no layer of student student; write keys"),
+        ({"keys": ["self_attn"]}, r"with --fine-tune-type dora: .*; type --fine-tune-type lora, or write other keys"),
+        ({"alpha": 16}, "has the key 'alpha', which mlx-lm does not look at; write rank, scale, dropout, keys alone"),
+    ],
+)
+def test_lora_parameters_that_do_nothing_are_refused(
+    tmp_path: Path, world: World, changed: dict[str, Any], expected: str
+) -> None:
+    parameters = {"rank": 4, "scale": 10.0, "dropout": 0.0} | changed
+    with pytest.raises(ConfigError, match=expected):
+        world.train(tmp_path / "o", alpha=0, fine_tune_type="dora", lora_parameters=parameters)
 
 
 def test_an_adapter_goes_on_from_another_ones_weights_and_refuses_those_of_other_layers(tmp_path: Path) -> None:

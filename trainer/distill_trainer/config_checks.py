@@ -33,6 +33,8 @@ OR_ALL = (("val_batches", 25), ("num_layers", 16))
 READ_AND_PREDICT = (("max_seq_length", 2048), ("max_teacher_length", 512))
 """Lengths in tokens, which hold one to read and one to predict."""
 
+LORA_KEYS = ("rank", "scale", "dropout", "keys")
+
 
 def check(config: "TrainConfig") -> None:
     """Check what can be checked without reading anything.
@@ -202,6 +204,11 @@ def check_adapter(config: "TrainConfig") -> None:
         f"lora_parameters is {dict(config.lora_parameters)}, expected rank, scale and dropout, "
         "as in {rank: 8, scale: 20.0, dropout: 0.0}",
     )
+    for key in config.lora_parameters:
+        require(
+            key in LORA_KEYS,
+            f"lora_parameters has the key {key!r}, which mlx-lm does not look at; write {', '.join(LORA_KEYS)} alone",
+        )
 
 
 def check_kinds(config: "TrainConfig") -> None:

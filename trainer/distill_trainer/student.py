@@ -60,18 +60,22 @@ def make_trainable(student: LoadedModel, config: TrainConfig, *, write_base: boo
             with writing(Path(config.out)):
                 save_model_dir(student.model, student.tokenizer, student.config, Path(config.out) / BASE)
         model.freeze()
-        lora = dict(config.lora_parameters)
+        lora, dora = dict(config.lora_parameters), config.fine_tune_type == "dora"
         try:
-            linear_to_lora_layers(model, config.num_layers, lora, use_dora=config.fine_tune_type == "dora")
+            linear_to_lora_layers(model, config.num_layers, lora, use_dora=dora)
         except (KeyError, TypeError, ValueError) as error:
+            other = "type --fine-tune-type lora, or " * dora
             raise ConfigError(
-                f"lora_parameters {lora} cannot be used: {error}; expected rank, scale and dropout"
+                f"lora_parameters {lora} cannot be used with --fine-tune-type {config.fine_tune_type}: {error}; "
+                f"{other}write other keys"
             ) from error
-        if not trainable(model):
-            raise ConfigError(
-                f"lora_parameters {lora} adapt no layer of student {student.name}; write keys as its layers are "
-                "called, as in {keys: [self_attn.q_proj]}, or leave them out"
-            )
+        adapted = [f".{name.rpartition('.')[0]}" for name in trainable(model)]
+        for key in lora.get("keys") or [""]:
+            if not any(name.endswith(f".{key}" if key else "") for name in adapted):
+                raise ConfigError(
+                    f"lora_parameters {lora} adapt no layer {key}{' ' if key else ''}of student {student.name}; write "
+                    "keys as its layers are called, as in {keys: [self_attn.q_proj]}, or leave them out"
+                )
         if config.resume_adapter_file is not None:
             _load_adapter(model, Path(config.resume_adapter_file).expanduser())
     if config.grad_checkpoint:
