@@ -40,7 +40,7 @@ def value_and_gradient(model: Module, loss: Callable[..., Means]) -> Callable[..
         for by in (n, n**0.5, 1.0):
             (total, *means), larger = step(losses, batch.times(by))
             gradients = tree_map(lambda g, by=by: g / by, larger)
-            if all(mx.isfinite(gradient).all().item() for gradient in _arrays(gradients)):
+            if mx.stack([mx.isfinite(gradient).all() for gradient in _arrays(gradients)]).all().item():
                 break
         return (total / by, *means), gradients
 
