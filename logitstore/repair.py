@@ -1,42 +1,35 @@
 """Repair a store in a folder: what is damaged goes out of the way, and its documents are computed again, or named.
 
-A damaged shard is moved to `shards/.quarantine-NAME`, never deleted. Its documents that can still be told, by tokens
-that have the hash they are stored under, are asked of the teacher again. What comes next is read from the disk each
-time, so a kill at any moment loses nothing: the same command goes on, and one with a teacher goes on where one without
-has stopped.
+Documents of damaged shards that can still be told (`quarantine`) are asked of the teacher again. What comes next is
+read from the disk each time, so a kill at any moment loses nothing: the same command goes on, and one with a teacher
+goes on where one without has stopped.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
-from logitstore.chunks import unpack
 from logitstore.contract import Store
 from logitstore.documents import read_documents
-from logitstore.durable import cannot_write, sync
+from logitstore.durable import cannot_write
 from logitstore.entries import read_root
 from logitstore.errors import ConfigError, CorruptStoreError
 from logitstore.files import LocalFiles
 from logitstore.fill import Answering, fill
-from logitstore.gc import QUARANTINE, remove_index
+from logitstore.gc import remove_index
 from logitstore.journal import commit_leftovers
-from logitstore.key import document_key
 from logitstore.manifest import Manifest
 from logitstore.plan import shard_positions, windows
 from logitstore.prompts import prompted
+from logitstore.quarantine import Lost, put_aside
 from logitstore.recipe import Recipe
 from logitstore.saved_maps import is_map_folder, remove_map
-from logitstore.sealed import GROUP, Problem, seal_group
+from logitstore.sealed import Problem
 from logitstore.sequences import TokenSequence, require_ids_below, tokenize
-from logitstore.shard import DOCUMENT_BYTES, Shard
 from logitstore.store import open_store
 from logitstore.stored_index import FOLDER
 from logitstore.verify import STRAY, verify
@@ -129,12 +122,12 @@ def repair(
         root.manifest.require_teacher(teacher.manifest(root.manifest.recipe), path)
     report = RepairReport()
     try:
-        _put_aside(path, problems, report)
+        _clear_away(path, problems, report)
     except OSError as error:
         raise cannot_write(path, error) from error
     store = open_store(path)
     assert isinstance(store, ZarrStore)
-    lost = _Lost(store)
+    lost = Lost(store)
     if teacher is None or not (lost.keys or lost.unnamed):
         commit_leftovers(store, WRITER)  # what an interrupted repair has left
     else:
@@ -145,7 +138,7 @@ def repair(
     return report
 
 
-def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> None:
+def _clear_away(path: Path, problems: list[Problem], report: RepairReport) -> None:
     """Move and remove what is damaged: the index first, which names the shards."""
     faults: dict[str, set[str]] = {}
     strays: list[str] = []
@@ -179,132 +172,16 @@ def _put_aside(path: Path, problems: list[Problem], report: RepairReport) -> Non
     if index:
         report.mended.append("the index was damaged and is written again")
     for name in sorted(faults):
-        report.quarantined.append(_quarantine(path, f"shards/{name}"))
+        report.quarantined.append(put_aside(path, f"shards/{name}"))
     for file in sorted(strays):
         if (path / file).exists() and file.split("/")[1] not in faults:
-            moved = _quarantine(path, file, "shards", file.replace("/", "-").removeprefix("shards-"))
+            moved = put_aside(path, file, "shards", file.replace("/", "-").removeprefix("shards-"))
             report.mended.append(f"{file} is no part of its shard, and lies in {moved} now")
-
-
-def put_shards_aside(path: Path, token_ids: npt.NDArray[np.integer]) -> list[str]:
-    """Move what keeps a store from answering a document out of the way: shards that do not tell what they hold, and
-    damaged ones that hold it. The index is written again. Where the shards lie then.
-
-    Raises:
-        CorruptStoreError: the root or the vocabulary is damaged.
-        StoreWriteError: no permission.
-    """
-    files, moved = LocalFiles(path), []
-    recipe = read_root(files, path).manifest.recipe
-    try:
-        remove_index(path)
-        for name in sorted(files.folders("shards")):
-            try:
-                _ = Shard(files, name, recipe).blocks  # and what they are counted by
-            except CorruptStoreError:
-                moved.append(_quarantine(path, f"shards/{name}"))
-        while True:
-            store = ZarrStore(LocalFiles(path), path)
-            try:
-                store.answer(token_ids)
-            except CorruptStoreError:
-                place = store.catalog.locate(token_ids)
-                if place is None:
-                    raise
-                moved.append(_quarantine(path, f"shards/{place[0].name}"))
-            else:
-                store.save_index()
-                return moved
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-def _quarantine(path: Path, file: str, folder: str = "shards", name: str = "") -> str:
-    """Move a shard, or a file out of one, to a name that no reader looks at; where it lies then, from the store."""
-    name = f"{folder}/{QUARANTINE}{name or Path(file).name}"
-    count, free = 1, name
-    while (path / free).exists():
-        count += 1
-        free = f"{name}-{count}"
-    (path / file).rename(path / free)
-    sync(path / folder)
-    return free
-
-
-class _Lost:
-    """Documents of quarantined shards that the store lacks."""
-
-    def __init__(self, store: ZarrStore) -> None:
-        self._store = store
-        self._folder = store.folder
-        self.keys: dict[bytes, None] = {}
-        """In the order of the shards."""
-        self.positions = 0
-        """Of those of which the tokens can be read."""
-        self.unnamed = 0
-        for shard in self._shards():
-            if shard is None:
-                self.unnamed += 1
-                continue
-            for number, key in enumerate(shard.keys):
-                if key.tobytes() not in store:
-                    self.keys[key.tobytes()] = None
-                    self.positions += int(shard.lengths[number]) - 1
-
-    def sequences(self) -> Iterator[TokenSequence]:
-        """Those whose tokens can be read: they have the hash that they are stored under."""
-        for shard in self._shards():
-            for number, key in enumerate(() if shard is None else shard.keys):
-                if key.tobytes() not in self.keys:
-                    continue
-                assert shard is not None
-                with suppress(CorruptStoreError):
-                    token_ids = shard.token_ids(number)
-                    if document_key(token_ids) == key.tobytes():
-                        yield TokenSequence(token_ids, np.ones(len(token_ids) - 1, np.bool_), shard.where, 0)
-
-    def _shards(self) -> Iterator[Shard | None]:
-        """Quarantined shards; None for one whose documents cannot be told."""
-        for folder in sorted((self._folder / "shards").glob(f"{QUARANTINE}*")):
-            if not folder.is_dir() or _belongs_elsewhere(folder, self._store.manifest):
-                continue
-            try:
-                files = _Readable(self._folder, f"shards/{folder.name}", self._store.manifest.fingerprint)
-                shard = Shard(files, folder.name, self._store.manifest.recipe, checked=True)
-                _ = shard.lengths
-                yield shard
-            except (OSError, ValueError, CorruptStoreError):
-                yield None
-
-
-class _Readable(LocalFiles):
-    """A damaged shard's files, with an entry that says what its documents say: what of them is true, the keys tell."""
-
-    def __init__(self, root: Path, where: str, fingerprint: str) -> None:
-        super().__init__(root)
-        file = f"{where}/documents/c/0/0"
-        rows = unpack(self.read(file), 2 * self.size(file), at_most=True).reshape(-1, DOCUMENT_BYTES)
-        lengths = np.ascontiguousarray(rows[:, -8:-4]).view("<u4").astype(np.int64)
-        entry = {"documents": len(rows), "positions": int((lengths - 1).sum()), "fingerprint": fingerprint, "files": {}}
-        self._entry, self._sealed = f"{where}/{GROUP}", seal_group(entry)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """See `Files`."""
-        return self._sealed if name == getattr(self, "_entry", None) else super().read(name, start, stop)
-
-
-def _belongs_elsewhere(shard: Path, manifest: Manifest) -> bool:
-    """Whether a shard says that it is another store's: its documents were never here."""
-    try:
-        found = json.loads((shard / GROUP).read_bytes())["attributes"]["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return bool(found != manifest.fingerprint)
 
 
 def _recompute(
     store: Store,
-    lost: _Lost,
+    lost: Lost,
     teacher: RepairTeacher,
     dataset: str | None,
     split: str,

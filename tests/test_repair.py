@@ -12,7 +12,8 @@ from logitstore import plan
 from logitstore.errors import ConfigError, CorruptStoreError, IncompatibleStoreError, StoreLostError
 from logitstore.files import LocalFiles
 from logitstore.merge import convert
-from logitstore.repair import put_shards_aside, repair
+from logitstore.quarantine import put_shards_aside
+from logitstore.repair import repair
 from logitstore.sealed import GROUP
 from logitstore.store import open_store
 from logitstore.verify import verify

@@ -23,8 +23,8 @@ from starlette.types import Receive, Scope, Send
 
 from logitstore.errors import CorruptStoreError
 from logitstore.key import document_key
+from logitstore.quarantine import put_shards_aside
 from logitstore.recipe import DocumentRecord
-from logitstore.repair import put_shards_aside
 from logitstore.service.access import Access
 from logitstore.service.desk import CannotKeepError, CannotTeachError, Desk
 from logitstore.service.meters import Meters
