@@ -94,7 +94,8 @@ class LmdbWriter:
             encoded = [encode(document, recipe, table, rank_of) for _, document in rows]
         except ValueError as error:
             raise StoreWriteError(
-                f"{self.store.path} cannot hold this: {error}; type a smaller --max-seq-length"
+                f"{self.store.path} cannot hold this: {error}; type a path that ends in .zarr, or a smaller "
+                "--max-seq-length"
             ) from error
 
         def put(txn: Any, counts: Counts) -> Counts:

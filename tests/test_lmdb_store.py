@@ -202,7 +202,7 @@ def test_tables_of_ranks_follow_the_stores_growth(store: LmdbStore, monkeypatch:
 
 def test_a_document_too_long_for_a_record_is_refused(store: LmdbStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmdb_records, "RECORD_BYTES", 3000)
-    with pytest.raises(StoreWriteError, match="a document of 600 tokens cannot be kept in one record; type a smaller"):
+    with pytest.raises(StoreWriteError, match=r"600 tokens cannot be kept in one record; type .*\.zarr, or a"):
         add(LmdbStore.create(store.path.with_name("other.lmdb"), manifest(), VOCABULARY), records(LENGTHS))
     with pytest.raises(CorruptStoreError, match="a record of 600 tokens"):
         store.get(records(LENGTHS)[4].token_ids)
