@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from pathlib import Path
+from zipfile import is_zipfile
 
 from tqdm import tqdm
 
 from logitstore.contract import Store
+from logitstore.entries import require_outside_stores
+from logitstore.errors import ConfigError
 from logitstore.manifest import Manifest
 from logitstore.measures import unknown
 from logitstore.replaced import replaced
 from logitstore.stats import Histogram, StoreStats, collect
 from logitstore.stats_report import to_html
+from logitstore.store import is_lmdb_store
 
 
 def of_store(store: Store, *, quiet: bool = False) -> StoreStats:
@@ -57,11 +61,24 @@ def about(manifest: Manifest) -> dict[str, str]:
     return found
 
 
+def require_page(path: Path) -> None:
+    """Check that a page may be written there.
+
+    Raises:
+        ConfigError: it would lie inside a store, or take the place of one.
+    """
+    require_outside_stores(path)
+    if path.is_file() and (is_lmdb_store(path) or is_zipfile(path)):
+        raise ConfigError(f"{path} is a store or another archive, which a page would replace; type --html page.html")
+
+
 def save_html(stats: StoreStats, path: Path) -> None:
     """Write the page; one that is there is replaced.
 
     Raises:
+        ConfigError: as `require_page`.
         StoreWriteError: full disk or no permission.
     """
+    require_page(path)
     with replaced(path) as file:
         file.write(to_html(stats).encode())

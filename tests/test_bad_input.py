@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from distill_cli import distill_train, logitstore
 from distill_trainer.targets import TargetSource
 from logitstore.errors import CorruptStoreError
+from logitstore.merge import convert
 from logitstore.sealed import seal_group, unseal_group
 from logitstore.verify import verify
 from tests.runs import World, make_world, write_jsonl
@@ -74,6 +75,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     attributes["logitstore"]["format_version"] = 99
     root.write_bytes(seal_group(attributes))
     world.build(folder / "warm.zarr", temperature=(2.0,))
+    for suffix in ("zip", "lmdb"):
+        convert(world.store, folder / f"small.{suffix}", quiet=True)
     return world
 
 
@@ -195,6 +198,9 @@ TRAIN = "distill-train --quiet --student {student} --dataset {data} --store {sto
         ("logitstore export {store} {new}.parquet --temperature 3", r"serves temperature 1, .* asks for 3"),
         ("logitstore export {store} {data}/below.parquet", r"cannot be written: (File exists|Not a directory)"),
         ("logitstore stats {folder}/none.zarr", r"there is no store at"),
+        ("logitstore stats {store} --html {store}/page.html", r"lies inside .*, which is a store; type"),
+        ("logitstore stats {store} --html {folder}/small.zip", r"small.zip is a store .* type --html page.html"),
+        ("logitstore stats {store} --html {folder}/small.lmdb", r"small.lmdb is a store .* type --html page.html"),
         ("logitstore stats {store} --html {data}/below.html", r"cannot be written: (File exists|Not a directory)"),
         ("logitstore verify {store} --live 3", r"--live asks the teacher again; type --teacher T"),
         ("logitstore verify {store} --teacher {teacher}", r"nothing to do; type --live N, or --repair"),

@@ -263,8 +263,10 @@ def stats(store: str, as_json: bool, html: Path | None, quiet: bool) -> None:
     with one_line_errors("Nothing was changed; type the same command again."):
         from logitstore.stats_report import to_json, to_text
         from logitstore.store import open_store
-        from logitstore.store_stats import of_store, save_html
+        from logitstore.store_stats import of_store, require_page, save_html
 
+        if html:
+            require_page(html.expanduser())  # before all of the store is read
         found = of_store(open_store(store), quiet=quiet or as_json)
         if html:
             save_html(found, html.expanduser())
