@@ -338,13 +338,13 @@ class ZarrStore:
 
     def _looking(self, read: Callable[[], T]) -> T:
         """Look documents up, once more where a shard was taken away meanwhile: `gc` leaves them in another."""
-        before = set(self.shard_names)
+        before = self.shard_names
         try:
             return read()
         except CorruptStoreError:
             if isinstance(self.files, LocalFiles):
                 self.refresh()
-            if before.issubset(self.shard_names):
+            if set(before).issubset(self.shard_names):
                 raise
             return read()
 
