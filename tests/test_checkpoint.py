@@ -163,9 +163,8 @@ def test_a_run_does_not_go_on_in_a_folder_that_another_is_still_writing_to(tmp_p
     out, options = tmp_path / "o", {"store": (str(world.store),), "iters": 2, "save_every": 1}
     world.train(out, **options)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    for folder, resume in ((out, True), (tmp_path / "new", False)):
-        with output_folder(folder), pytest.raises(ConfigError, match=f"another run is still writing to {folder}; wait"):
-            train(world.config(folder, **options | {"iters": 3, "resume": resume}))
+    with output_folder(out), pytest.raises(ConfigError, match=f"another run is still writing to {out}; wait until"):
+        train(world.config(out, **options | {"iters": 3, "resume": True}))
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert world.train(out, **options | {"iters": 3, "resume": True})[0].steps == 3
 

@@ -3,23 +3,25 @@
 One run at a time has it.
 """
 
-import fcntl
+import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError
+from logitstore.journal import open_locked
 
 CONFIG = "distill_train.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 BASE = "base"
 """Folder of an adapter's base, where it is written."""
 
@@ -61,33 +63,38 @@ def output_folder(out: Path, *, new: bool = True) -> Iterator[Path]:
     """
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
-        try:
-            yield out
-        except BaseException:
-            with suppress(OSError):  # what ended the run is what the user must read
-                if new and not _has_steps(out):
-                    _take_away(out)
-            raise
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; a run that is killed keeps none."""
-    with writing(out):
-        handle = os.open(out, os.O_RDONLY)
+    held = _held(out)
     try:
+        yield out
+    except BaseException:
+        with suppress(OSError):  # what ended the run is what the user must read
+            if new and not _has_steps(out):
+                _take_away(out)
+        raise
+    finally:
+        if held is not None:
+            with suppress(OSError):
+                (out / LOCK).unlink(missing_ok=True)
+            held.close()
+
+
+def _held(out: Path) -> FileIO | None:
+    """Keep other runs out of a folder, as long as this file is open; None where the file system has no locks.
+
+    Raises:
+        ConfigError: another run is there; it cannot be written.
+    """
+    with writing(out):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return open_locked(out / LOCK)
         except BlockingIOError:
             raise ConfigError(
                 f"another run is still writing to {out}; wait until it has ended or stop it, or type another --out"
             ) from None
-        except OSError:
-            pass  # some network file systems lock no folders
-        yield
-    finally:
-        os.close(handle)
+        except OSError as error:
+            if error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK):
+                return None
+            raise
 
 
 @contextmanager
@@ -133,7 +140,7 @@ def _has_steps(out: Path) -> bool:
 def _take_away(out: Path) -> None:
     """Remove what a run writes before its first step, and the folder where nothing else is in it (a store may be)."""
     shutil.rmtree(out / BASE, ignore_errors=True)
-    for name in (METRICS, CONFIG):
+    for name in (METRICS, CONFIG, LOCK):
         (out / name).unlink(missing_ok=True)
     if not any(out.iterdir()):
         out.rmdir()
