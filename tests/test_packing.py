@@ -51,6 +51,11 @@ def test_documents_go_where_least_is_padding(lengths: list[int], longest: int | 
     assert padding([lengths, lengths], longest) == pytest.approx(1 - sum(lengths) / (width * count))
 
 
+def test_padding_is_counted_where_a_process_has_no_document_of_a_batch() -> None:
+    assert padding([[3, 4], [], [2]], None) == 1 - 9 / 10
+    assert padding([[]], 8) == 0
+
+
 def test_a_document_sees_itself_as_far_as_it_is_and_within_the_window() -> None:
     apart = Apart(mx.array([[0, 0, 1, 1, 1, -1]]))
     for window in (None, 2):

@@ -100,7 +100,14 @@ def runs(world: World) -> tuple[Path, list[str]]:
 
 def shared(world: World) -> dict[str, Any]:
     options = {"store": (str(world.store),), "on_miss": "skip", "outcome_column": "counts", "fine_tune_type": "full"}
-    return options | {"iters": 6, "batch_size": 4, "max_grad_norm": 1.0, "optimizer": "sgd", "learning_rate": 0.01}
+    return options | {
+        "pack": True,
+        "iters": 6,
+        "batch_size": 4,
+        "max_grad_norm": 1.0,
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+    }
 
 
 def across(world: World) -> dict[str, Any]:

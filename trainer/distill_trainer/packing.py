@@ -55,7 +55,7 @@ def rows_of(lengths: Sequence[int], longest: int | None) -> list[Place]:
 def padding(batches: Iterable[Sequence[int]], longest: int | None) -> float:
     """The share of positions that hold no document, of batches of these lengths."""
     held = taken = 0
-    for lengths in batches:
+    for lengths in filter(None, batches):  # of several processes one may have none
         places = rows_of(lengths, longest)
         width = max(at + length for (_, at), length in zip(places, lengths, strict=True))
         held += sum(lengths)
