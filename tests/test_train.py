@@ -258,3 +258,9 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, world: World) -> 
         ModelError, match=r"the loss of step \d+ is nan on data.jsonl:\d.*; type --learning-rate below 1e\+30"
     ):
         world.train(tmp_path / "o", store=(str(world.store),), fine_tune_type="full", learning_rate=1e30)
+
+
+def test_weights_that_the_last_step_made_no_numbers_are_no_result(tmp_path: Path, world: World) -> None:
+    with pytest.raises(ModelError, match=r"after step 1 some weights are no finite numbers; type --learning-rate"):
+        world.train(tmp_path / "o", store=(str(world.store),), iters=1, learning_rate=1e39)
+    assert not (tmp_path / "o" / "adapters.safetensors").exists()

@@ -128,9 +128,7 @@ class Checkpoints:
         final = self._folder / f"{report.steps:07d}"
         if final.exists():
             return
-        trained = [*trainable(self._student.model).values(), *own_parameters(self._methods).values()]
-        if not all(mx.isfinite(values).all().item() for values in trained):
-            raise ModelError(f"after step {report.steps} some weights are no finite numbers; {self._config.slower}")
+        self.require_numbers(report)
         state = {
             "report": asdict(report),
             "mean_loss": sum(self._losses) / len(self._losses) if self._losses else None,
@@ -161,6 +159,16 @@ class Checkpoints:
                 if folder != best:
                     folder.rename(self._folder / f".{folder.name}")
             _clear(self._folder)
+
+    def require_numbers(self, report: TrainReport) -> None:
+        """Check what has been trained.
+
+        Raises:
+            ModelError: weights that are no numbers.
+        """
+        trained = [*trainable(self._student.model).values(), *own_parameters(self._methods).values()]
+        if not all(mx.isfinite(values).all().item() for values in trained):
+            raise ModelError(f"after step {report.steps} some weights are no finite numbers; {self._config.slower}")
 
     @cached_property
     def _sources(self) -> dict[str, str]:

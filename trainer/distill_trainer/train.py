@@ -162,8 +162,14 @@ def save_run(
     checkpoints: Checkpoints,
     run: TrainReport,
 ) -> None:
-    """Write the student, what methods trained of their own, the summary, and the last or an interrupted checkpoint."""
+    """Write the student, what methods trained of their own, the summary, and the last or an interrupted checkpoint.
+
+    Raises:
+        ConfigError: full disk, no permission.
+        ModelError: weights that are no numbers; nothing is written.
+    """
     out = Path(config.out)
+    checkpoints.require_numbers(run)
     run.load_with = save_student(student, config)
     summary = asdict(run) | {"tokens_per_second": run.tokens_per_second}
     with writing(out):
