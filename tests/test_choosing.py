@@ -203,6 +203,7 @@ def test_documents_that_no_store_answers_are_counted_left_out_or_last(
         ({"mix": "source"}, "--mix 'source' gives '', expected VALUE=SHARE above 0; type --mix"),
         ({"mix": "source:a=0"}, "gives 'a=0', expected VALUE=SHARE above 0"),
         ({"mix": "source:a=1,a=2"}, "names a twice"),
+        ({"mix": "source:a=1e308,b=1e308"}, "shares whose sum is no number; type smaller"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused_before_anything_is_read(options: dict[str, Any], expected: str) -> None:

@@ -32,6 +32,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"), store=False)
 
 
+def last_layers(kind: str, count: int) -> dict[str, int]:
+    return {} if kind == "full" else {"num_layers": count}
+
+
 def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
     """A student after a few steps of cross-entropy, and the line that loads what was saved of it."""
     student = load_student(config)
@@ -52,7 +56,7 @@ def trained(config: TrainConfig, world: World) -> tuple[LoadedModel, str]:
 def test_what_was_saved_loads_in_mlx_lm_and_is_what_was_trained(
     tmp_path: Path, world: World, kind: str, keep: int | None
 ) -> None:
-    config = world.config(tmp_path / "out", fine_tune_type=kind, keep_layers=keep, alpha=0.0, num_layers=3)
+    config = world.config(tmp_path / "out", fine_tune_type=kind, keep_layers=keep, alpha=0.0, **last_layers(kind, 3))
     student, line = trained(config, world)
     model, tokenizer = eval(line, {"mlx_lm": mlx_lm})
     untrained = load_student(config).model(TOKENS)
@@ -101,7 +105,7 @@ def test_more_layers_than_there_are_is_refused(world: World) -> None:
 def test_an_adapter_trains_only_its_own_parameters_and_full_training_all(world: World, tmp_path: Path) -> None:
     names = {}
     for kind in ("lora", "dora", "full"):
-        config = world.config(tmp_path / kind, fine_tune_type=kind, num_layers=1, alpha=0.0)
+        config = world.config(tmp_path / kind, fine_tune_type=kind, alpha=0.0, **last_layers(kind, 1))
         student = load_student(config)
         make_trainable(student, config)
         names[kind] = set(trainable(student.model))

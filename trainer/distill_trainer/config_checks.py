@@ -194,11 +194,17 @@ def check_adapter(config: "TrainConfig") -> None:
         "--resume-adapter-file is given, and --fine-tune-type full has no adapter; type --student with the model "
         "that mlx_lm.fuse makes of it",
     )
+    require(
+        config.fine_tune_type != "full" or config.num_layers == -1 or are_default(config, "num_layers"),
+        f"num_layers is {config.num_layers}, which is of adapters, and --fine-tune-type full trains every layer; leave "
+        "it out, or type --num-layers -1",
+    )
     rank, scale, dropout = (config.lora_parameters.get(name) for name in ("rank", "scale", "dropout"))
     require(
         isinstance(rank, int)
         and rank >= 1
         and isinstance(scale, int | float)
+        and math.isfinite(scale)
         and isinstance(dropout, int | float)
         and 0 <= dropout < 1,
         f"lora_parameters is {dict(config.lora_parameters)}, expected rank, scale and dropout, "

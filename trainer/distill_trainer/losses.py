@@ -7,6 +7,7 @@ keeps it.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class Term:
         if colon and name not in _NUMBERED:
             raise ConfigError(f"--loss {text} gives {name} a number, and it has none; type --loss {name}")
         term = cls(name, _number(text, number) if colon else None, _number(text, weight) if equals else 1.0)
-        if not term.weight > 0:
+        if not 0 < term.weight < math.inf:
             raise ConfigError(f"--loss {text} weighs {term.weight:g}, expected a number above 0; type --loss {named}=1")
         if term.number is not None and name != "hinge-rank" and not 0 < term.number < 1:
             raise ConfigError(

@@ -39,6 +39,10 @@ class Mix:
             if value in shares:
                 raise ConfigError(f"--mix {text!r} names {value} twice; type each once")
             shares[value] = number
+        if math.isinf(sum(shares.values())):
+            raise ConfigError(
+                f"--mix {text!r} has shares whose sum is no number; type smaller ones, as in math=2,code=1"
+            )
         return cls(column, shares)
 
     def groups(self, values: Sequence[str]) -> list[list[int]]:

@@ -176,6 +176,7 @@ def check_misses(config: "TrainConfig") -> None:
         f"overlay_gb is {config.overlay_gb}, expected a number above 0; type --overlay-gb 20",
     )
     require(
-        config.overlay is None or any(is_url(path) for path in config.store),
-        "--overlay keeps what is fetched from services, and no --store is a URL; type --store https://HOST:8470/NAME",
+        are_default(config, "overlay", "overlay_gb") or any(is_url(path) for path in config.store),
+        "--overlay and --overlay-gb keep what is fetched from services, and no --store is a URL; "
+        "type --store https://HOST:8470/NAME",
     )
