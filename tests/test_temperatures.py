@@ -134,6 +134,7 @@ def test_progressive_starts_where_it_is_told(world: World) -> None:
         ({"progressive": True, "alpha": "0.9->0.1"}, "--progressive is a schedule of alpha, and alpha is one itself"),
         ({"progressive": True, "temperature": "4->1"}, "and temperature is one itself, 4->1; type --temperature with"),
         ({"progressive": True, "alpha": 0.0}, "--progressive leads alpha .* alpha is 0.0; type --alpha 0.9 with it"),
+        ({"loss": ("kl", "jsd", "kl=2")}, "loss names kl twice; type it once, with a weight, as in --loss kl=2"),
         ({"loss": ("taid", "taid:0.2")}, "loss names taid twice, and a run has one t; type --loss taid once"),
     ],
 )

@@ -63,6 +63,9 @@ def check_losses(config: "TrainConfig") -> None:
     """`--loss`."""
     require(bool(config.loss), "loss names none; type --loss kl")
     require(config.loss_names.count("taid") <= 1, "loss names taid twice, and a run has one t; type --loss taid once")
+    named = [text.partition("=")[0] for text in config.loss]
+    for name in named:
+        require(named.count(name) == 1, f"loss names {name} twice; type it once, with a weight, as in --loss {name}=2")
 
 
 def check_schedules(config: "TrainConfig") -> None:

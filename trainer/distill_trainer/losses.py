@@ -141,7 +141,7 @@ def loss_of(terms: Sequence[str], recipe: Recipe, temperature: float, where: str
         where: names the store, for messages.
 
     Raises:
-        ConfigError: a term that is none, or one twice.
+        ConfigError: a term that is none.
         IncompatibleStoreError: a loss that the recipe does not serve without bias.
     """
     parsed = [Term.parse(text) for text in terms]
