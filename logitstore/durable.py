@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -106,6 +106,40 @@ def beginning(path: Path) -> Iterator[Path | None]:
                         _remove(partial)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def replace_folder(final: Path, is_good: Callable[[], bool], write: Callable[[Path], object]) -> bool:
+    """Make a folder anew, in the place of the one that is there; nothing where that is found to be good.
+
+    One process at a time does in the folder around it, and removes what killed ones have left there.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        StoreWriteError: full disk or no permission.
+    """
+    around = final.parent
+    partial, old = (around / f".partial-{which}{final.name}-{uuid4().hex}" for which in ("", "old-"))
+    try:
+        with alone_in(around) as alone:
+            if alone:
+                for left in around.glob(".partial-*"):
+                    shutil.rmtree(left)
+            if is_good():
+                return False
+            try:
+                partial.mkdir()
+                write(partial)
+                if final.exists():
+                    final.rename(old)
+                publish(partial, final)
+            finally:
+                for left in (partial, old):
+                    shutil.rmtree(left, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(around, error) from error
+    return True
 
 
 def begun_beside(path: Path) -> list[Path]:

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from logitstore.chunks import unpack
 from logitstore.contract import Store
-from logitstore.durable import alone_in, cannot_write, publish
+from logitstore.durable import alone_in, replace_folder
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreError, StoreWriteError
 from logitstore.files import CannotList, Files, require_damage
 from logitstore.manifest import TokenizerIdentity
@@ -104,27 +103,12 @@ def save_vocabulary_map(store: Store, vocabulary_map: VocabularyMap) -> None:
         )
     if not isinstance(store, ZarrStore):
         raise StoreWriteError(f"{store.path} has no place for a vocabulary map; type a folder, as in store.zarr")
-    folder = store.folder
-    final = folder / (MAP_PREFIX + vocabulary_map.student_fingerprint)
-    partial, old = (folder / f".partial-{name}-{uuid4().hex}" for name in ("map", "old-map"))
-    try:
-        with alone_in(folder) as alone:
-            if alone:
-                for left in folder.glob(".partial-*"):
-                    shutil.rmtree(left)
-            if _is_good(store, vocabulary_map.student_fingerprint):
-                return
-            try:
-                partial.mkdir()
-                _write(partial, vocabulary_map)
-                if final.exists():
-                    final.rename(old)
-                publish(partial, final)
-            finally:
-                for left in (partial, old):
-                    shutil.rmtree(left, ignore_errors=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    student = vocabulary_map.student_fingerprint
+    replace_folder(
+        store.folder / (MAP_PREFIX + student),
+        lambda: _is_good(store, student),
+        lambda folder: _write(folder, vocabulary_map),
+    )
 
 
 def carry_maps(stores: Iterable[Store], out: Store) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from logitstore import hidden_states, position_streams, streams
 from logitstore.catalog import Catalog
 from logitstore.codec import from_record, head_mask
-from logitstore.durable import alone_in, cannot_write, publish, sync
+from logitstore.durable import alone_in, cannot_write, publish, replace_folder, sync
 from logitstore.entries import root_attributes, shard_name
 from logitstore.index import block_hashes
 from logitstore.key import KEY_BYTES
@@ -140,25 +140,10 @@ def write_index(store: Path, catalog: Catalog) -> None:
     Raises:
         StoreWriteError: full disk or no permission.
     """
-    partial, old = (store / f".partial-{name}-{uuid4().hex}" for name in ("index", "old"))
-    try:
-        with alone_in(store) as alone:
-            if alone:
-                for left in store.glob(".partial-*"):
-                    shutil.rmtree(left)
-            catalog.refresh()  # after the wait: another may have finished shards
-            names = sorted(catalog.names)
-            if not names or (catalog.index is not None and catalog.index.shards == names):
-                return
-            partial.mkdir()
-            try:
-                catalog.write_index(partial, names)
-                if (store / FOLDER).exists():
-                    (store / FOLDER).rename(old)
-                publish(partial, store / FOLDER)
-            finally:
-                for left in (partial, old):
-                    shutil.rmtree(left, ignore_errors=True)
-    except OSError as error:
-        raise cannot_write(store, error) from error
-    catalog.forget_index()
+
+    def is_whole() -> bool:
+        catalog.refresh()  # after the wait: another may have finished shards
+        return not catalog.names or (catalog.index is not None and catalog.index.shards == sorted(catalog.names))
+
+    if replace_folder(store / FOLDER, is_whole, lambda folder: catalog.write_index(folder, sorted(catalog.names))):
+        catalog.forget_index()

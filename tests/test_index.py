@@ -309,7 +309,7 @@ def test_a_kill_at_any_moment_of_writing_the_index_leaves_a_store_that_is_read(
 
     target = ["write_index", "file_entries", "publish", "publish"][moment]
     module = {"file_entries": "logitstore.stored_index", "write_index": "logitstore.catalog"}.get(
-        target, "logitstore.zarr_writer"
+        target, "logitstore.durable"
     )
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(f"{module}.{target}", [killed, killed, between, after][moment])

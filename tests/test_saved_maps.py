@@ -221,7 +221,7 @@ def test_a_folder_without_permission_is_told(store: ZarrStore, monkeypatch: pyte
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("logitstore.saved_maps.publish", refused)
+    monkeypatch.setattr("logitstore.durable.publish", refused)
     assert not_kept(vocabulary_map_of(store, STUDENT)) == f"{store.folder} cannot be written: Permission denied"
     assert not list(store.folder.glob(".partial-*")) and map_folders(store.files) == []
     with pytest.raises(StoreWriteError):
