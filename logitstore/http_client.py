@@ -36,16 +36,16 @@ T = TypeVar("T")
 
 
 class HttpClient:
-    """Connections to one server. Safe for several threads.
+    """Connections to the server of a store. Safe for several threads.
 
     Args:
-        url: what the user calls it.
+        url: http(s)://HOST[:PORT]/[PATH/]NAME.
         token: by default that of the environment.
         patience_s: so long is asked again before a server counts as lost; by default PATIENCE_S.
         say: takes a line of text for the user.
 
     Raises:
-        ConfigError: the token or the certificates are none.
+        ConfigError: no such URL, or the token or the certificates are none.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class HttpClient:
         sleep: Callable[[float], object] = time.sleep,
         say: Callable[[str], object] = lambda _: None,
     ) -> None:
-        self.url = url
+        self.url = url.rstrip("/")
+        if not _is_of_a_store(self.url):
+            raise ConfigError(f"{url} is not the URL of a store; type one such as https://HOST:8470/NAME")
         token = os.environ.get(TOKEN, "") if token is None else token
         if not token.isascii() or not token.isprintable():
             raise ConfigError(f"{TOKEN} is no token: `logitstore token new` prints one")
@@ -236,12 +238,12 @@ def one_line(text: object) -> str:
     return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:MOST_REASON]
 
 
-def is_url(url: str) -> bool:
-    """Whether this is the address of something on a host, http or https."""
+def _is_of_a_store(url: str) -> bool:
     try:
         parts = urlsplit(url)
         whole = parts.port is None or parts.port > 0
         httpx2.URL(url)
     except (ValueError, httpx2.InvalidURL):
         return False
-    return whole and parts.scheme in ("http", "https") and bool(parts.hostname) and not (parts.query or parts.fragment)
+    named = not url.rpartition("/")[0].endswith(":/") and not (parts.query or parts.fragment)
+    return named and whole and parts.scheme in ("http", "https") and bool(parts.hostname)

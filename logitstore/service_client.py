@@ -4,9 +4,9 @@ A file that was cut goes on where it was, and so do the answers to documents: ea
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore.entries import SHARD_NAME
-from logitstore.errors import ConfigError, ServiceError, ServiceLostError, WireError
+from logitstore.errors import ServiceError, ServiceLostError, WireError
 from logitstore.http_client import (
     AGAIN,
     CUT,
@@ -23,7 +23,6 @@ from logitstore.http_client import (
     NotThereError,
     RefusedError,
     bounded,
-    is_url,
     one_line,
 )
 from logitstore.recipe import Recipe
@@ -40,25 +39,17 @@ IDENTITY = {"Accept-Encoding": "identity"}
 
 
 class ServiceClient(HttpClient):
-    """A store's URL, http(s)://HOST[:PORT]/[PATH/]NAME, and what may be asked there.
+    """A store's URL, and what may be asked there; see `HttpClient`."""
 
-    Raises:
-        ConfigError: no such URL; or as for `HttpClient`.
-    """
+    @property
+    def name(self) -> str:
+        """The store's."""
+        return self.url.rpartition("/")[2]
 
-    def __init__(
-        self,
-        url: str,
-        token: str | None = None,
-        patience_s: float | None = None,
-        sleep: Callable[[float], object] = time.sleep,
-        say: Callable[[str], object] = lambda _: None,
-    ) -> None:
-        base, _, self.name = url.rstrip("/").rpartition("/")
-        if not is_url(url) or base.endswith(":/"):
-            raise ConfigError(f"{url} is not the URL of a store; type one such as https://HOST:8470/NAME")
-        self.api = f"{base}/v1/stores/{quote(self.name, safe='%')}"
-        super().__init__(url.rstrip("/"), token, patience_s, sleep, say)
+    @cached_property
+    def api(self) -> str:
+        """Below what the service says of the store."""
+        return f"{self.url.rpartition('/')[0]}/v1/stores/{quote(self.name, safe='%')}"
 
     def facts(self) -> dict[str, Any] | None:
         """What the service says of the store; None where this is a plain web server.
