@@ -8,6 +8,7 @@ faster is held against ours. A row of its own says what a decoder that takes no 
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def measure(out: Path, tokens: int) -> Measured:
             works: dict[str, Callable[[], object]] = {
                 name: reading(place, documents, batches) for name, place in stores.items()
             }
-            works["Zarr folder, not decoded"] = unpacking(store, documents, batches)
-            works["Zarr folder, all that is kept"] = getting(store, documents, batches)
+            works["Zarr folder, not decoded"] = one_by_one(partial(unpacked, store), documents, batches)
+            works["Zarr folder, all that is kept"] = one_by_one(store.get, documents, batches)
             works |= {name: reading_parquet(path, lengths, batches, k) for name, path in tables.items()}
             speeds[order] = {
                 name: {"per_s": int(lengths.sum()) / time.cpu_s, "wall_per_s": int(lengths.sum()) / time.wall_s}
@@ -94,31 +95,22 @@ def reading(
     return read
 
 
-def getting(
-    store: Store, documents: Sequence[TokenIds], batches: Sequence[npt.NDArray[np.integer]]
+def one_by_one(
+    ask: Callable[[TokenIds], object], documents: Sequence[TokenIds], batches: Sequence[npt.NDArray[np.integer]]
 ) -> Callable[[], None]:
-    """Read what is kept beside the entries too, a document at a time."""
+    """Ask for the documents of all batches, one at a time."""
 
     def read() -> None:
         for number in np.concatenate(batches).tolist():
-            assert store.get(documents[number]) is not None
+            assert ask(documents[number]) is not None
 
     return read
 
 
-def unpacking(
-    store: ZarrStore, documents: Sequence[TokenIds], batches: Sequence[npt.NDArray[np.integer]]
-) -> Callable[[], None]:
-    """Find, read, check and decompress what all batches need, and decode nothing of it."""
-
-    def read() -> None:
-        for number in np.concatenate(batches).tolist():
-            place = store.catalog.locate(documents[number])
-            assert place is not None
-            shard, document, _ = place
-            shard.parts(0, [shard.span(document)])
-
-    return read
+def unpacked(store: ZarrStore, document: TokenIds) -> object:
+    """Find, read, check and decompress what a document needs, and decode nothing of it; None is a miss."""
+    place = store.catalog.locate(document)
+    return None if place is None else place[0].parts(0, [place[0].span(place[1])])
 
 
 def write_parquet(path: Path, records: Sequence[DocumentRecord], like: Store, row_group: int) -> None:
