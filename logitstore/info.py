@@ -36,6 +36,7 @@ def to_text(facts: dict[str, Any], path: object) -> str:
     serves = facts["serves"]
     losses = f"{', '.join(serves['losses'])} at temperature {_listed(serves['temperatures'])}"
     per_token = f"{facts['bytes_per_token']:.1f}" if facts["bytes_per_token"] else "-"
+    shards = f"{facts['shards']:,} shard{'s' * (facts['shards'] != 1)}"
     lines = {
         "store": f"{path} (format {facts['format_version']}, fingerprint {facts['fingerprint']})",
         "teacher": f"{teacher['name']} ({teacher['quantization'] or 'not quantised'}; ran in {teacher['dtype']})",
@@ -46,7 +47,7 @@ def to_text(facts: dict[str, Any], path: object) -> str:
         "selection": _selection(recipe),
         "serves": f"{losses}; {serves['estimate']}",
         "digest": "-".join(textwrap.wrap(facts["digest"], 4)),
-        "holds": f"{facts['documents']:,} documents, {facts['positions']:,} positions in {facts['shards']:,} shards",
+        "holds": f"{facts['documents']:,} documents, {facts['positions']:,} positions in {shards}",
         "on disk": f"{facts['disk_bytes']:,} bytes, {per_token} per token, all included",
         "vocabulary": f"{facts['vocabulary_bytes']:,} bytes of that, once however many tokens there are",
     }
