@@ -182,13 +182,13 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with ShardWriter(open_store(Path(sys.argv[1])), "build") as writer:
     writer.append(records([4, 3], seed=1))
     size = writer.path.stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, -1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, resource.RLIM_INFINITY))
     try:
         writer.append(records([6], seed=2))
     except StoreWriteError as error:
         print(error)
     assert writer.path.stat().st_size == size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     writer.append(records([2, 2, 5], seed=3))
 """
 
