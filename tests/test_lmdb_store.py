@@ -270,7 +270,7 @@ def test_damage_by_chance_never_ends_the_process_nor_gives_a_wrong_number(tmp_pa
 def test_the_walk_passes_over_every_page_once(path: Path) -> None:
     """Branches, leaves, long data and free pages are all pages there are: nothing is passed over."""
     store = LmdbStore.create(path, manifest(), VOCABULARY)
-    for seed in range(4):
+    for seed in range(12):  # more than one page holds, also where pages have 16 kB
         add(store, records([3] * 40 + [700], seed=seed))
     with path.open("rb") as file:
         meta = max(read_metas(file.fileno()), key=lambda meta: meta.transaction)
