@@ -7,6 +7,7 @@ more than 1 GB. The child that reads has 1 GB beyond what it begins with, and 20
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,7 @@ def flips(count: int, seed: int) -> tuple[dict[str, Tally], list[str]]:
             tally.flips += 1
             tally.noticed += ending == "noticed"
             tally.right += ending.startswith("right")
-            tally.most_mb = max(tally.most_mb, usage.ru_maxrss >> 10)
+            tally.most_mb = max(tally.most_mb, usage.ru_maxrss >> (20 if sys.platform == "darwin" else 10))
             if ending not in GOOD:
                 tally.bad += 1
                 bad.append(f"{kind}: {what}: {ending}")
