@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
@@ -262,8 +262,13 @@ def create_file(partial: Path, final: Path, entries: dict[bytes, bytes]) -> None
             file.write(fill)
         finally:
             file.close()
-        with suppress(FileExistsError):
+        try:
             os.link(partial, final)
+        except FileExistsError:
+            pass
+        except OSError:  # exFAT and some network file systems have no hard links
+            if not final.exists():
+                partial.rename(final)
     finally:
         for left in (partial, Path(f"{partial}{LOCK_SUFFIX}")):
             left.unlink(missing_ok=True)

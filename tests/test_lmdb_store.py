@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from errno import EMFILE
+from errno import EMFILE, ENOTSUP
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,18 @@ def test_a_name_that_is_no_utf_8_is_one_like_any_other(tmp_path: Path) -> None:
 def test_it_is_one_file_beside_the_lock_of_lmdb(store: LmdbStore, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.lmdb", "s.lmdb-lock"]
     assert store.disk_bytes == store.path.stat().st_size
+
+
+def test_it_is_begun_also_where_there_are_no_hard_links(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(ENOTSUP, "Operation not supported")  # exFAT
+
+    monkeypatch.setattr("os.link", refused)
+    add(LmdbStore.create(path, manifest(), VOCABULARY), documents := records(LENGTHS))
+    assert answers_all(LmdbStore.create(path, manifest(), VOCABULARY), documents)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.lmdb", "s.lmdb-lock"]
 
 
 def test_what_is_no_store_is_refused_with_one_line(path: Path) -> None:
