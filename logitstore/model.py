@@ -130,7 +130,7 @@ def _locate(source: str) -> Path:
 
 def _load_directory(path: Path) -> tuple[Module, Any, dict[str, Any]]:
     if not (path / "config.json").is_file():
-        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        ggufs = sorted(file.name for file in path.glob("[!.]*.gguf"))
         hint = f"; it holds {ggufs[0]}: type {path / ggufs[0]}" if ggufs else "; expected a model saved by mlx-lm"
         raise ModelError(f"{path} has no config.json{hint}")
     files = sorted(path.glob("model*.safetensors"))

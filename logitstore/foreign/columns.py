@@ -88,7 +88,7 @@ def files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     for suffix in (".parquet", ".arrow"):
-        if files := sorted(path.glob(f"*{suffix}"), key=_by_number):
+        if files := sorted(path.glob(f"[!.]*{suffix}"), key=_by_number):  # no ._NAME, which macOS puts beside a file
             return files
     raise DatasetError(f"{path} is no .parquet or .arrow file and no folder that holds any; type the path of one")
 

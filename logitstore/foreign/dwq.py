@@ -36,7 +36,7 @@ def read_dwq(
         DatasetError: no targets there, or files of some batches are missing.
     """
     folder = path / split if (path / split).is_dir() else path
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))  # no ._NAME, which macOS puts beside a file
     if not files:
         raise DatasetError(f"{folder} holds no .safetensors files, expected dwq's targets; type its target folder")
     for i, file in enumerate(files):
