@@ -5,6 +5,7 @@ wait twice as long as the one before and never the same for two clients. What br
 `ServiceLostError`; what is refused is told as the server tells it. Everything that a server may send is bounded.
 """
 
+import ipaddress
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 import httpx2
 
@@ -67,10 +69,14 @@ class HttpClient:
         """So long an answer may stop for."""
         self._sleep, self._say = sleep, say
         self._told_until = 0.0
+        host = urlsplit(self.url).hostname or ""
+        # httpx takes the proxies of macOS's settings, but not the list there of hosts that go without.
+        direct = is_loopback(host) or proxy_bypass(host)
         try:
             self._client = httpx2.Client(
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 limits=httpx2.Limits(max_connections=16),
+                mounts=dict.fromkeys(("http://", "https://"), None) if direct else None,
             )
         except OSError as error:  # an SSLError is one
             raise ConfigError(
@@ -236,6 +242,14 @@ def _tls_advice(error: Exception) -> str | None:
 def one_line(text: object) -> str:
     """What a server says, as a line that moves no cursor."""
     return "".join(c for c in " ".join(str(text).split()) if c.isprintable())[:MOST_REASON]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _is_of_a_store(url: str) -> bool:

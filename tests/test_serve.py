@@ -20,7 +20,8 @@ import httpx2
 import pytest
 
 from logitstore.errors import ConfigError
-from logitstore.service.serve import ServeConfig, is_loopback
+from logitstore.http_client import is_loopback
+from logitstore.service.serve import ServeConfig
 from logitstore.service.tokens import new_token
 from logitstore.store import open_store
 from logitstore.wire import Kind, read_answers

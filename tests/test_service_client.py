@@ -1,6 +1,7 @@
 """What is asked again, what is told, and how much a service may send: real HTTP, through a proxy that breaks it."""
 
 import json
+import socket
 import ssl
 import subprocess
 import threading
@@ -138,6 +139,18 @@ def behind(prefix: str, upstream: str) -> Any:
         await send({"type": "http.response.body", "body": found.content})
 
     return app
+
+
+@pytest.mark.parametrize(("host", "listed"), [("127.0.0.1", []), ("0.0.0.0", ["0.0.0.0"])])
+def test_no_proxy_is_asked_for_this_machine_nor_for_what_the_system_lists(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch, host: str, listed: list[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:  # which never answers
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        monkeypatch.setattr("httpx2._utils.getproxies", lambda: {"http": url})  # macOS: its settings'
+        monkeypatch.setattr("logitstore.http_client.proxy_bypass", listed.__contains__)
+        with serving(store.folder) as there:
+            assert len(open_store(f"{there.replace('127.0.0.1', host)}/s")) == len(store)
 
 
 def test_ipv6_and_odd_names(store: ZarrStore, tmp_path: Path) -> None:

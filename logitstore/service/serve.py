@@ -1,6 +1,5 @@
 """`logitstore serve`: stores, and perhaps their teacher, behind HTTP until it is stopped."""
 
-import ipaddress
 import re
 import resource
 import socket
@@ -14,6 +13,7 @@ import uvicorn
 
 from logitstore.errors import ConfigError, StoreError
 from logitstore.files import LocalFiles
+from logitstore.http_client import is_loopback
 from logitstore.journal import commit_leftovers
 from logitstore.service.access import Access
 from logitstore.service.app import create_app
@@ -76,14 +76,6 @@ class ServeConfig:
             raise ConfigError("--adapter-path is the teacher's; type --teacher T with it")
         if self.queue_tokens < 1:
             raise ConfigError(f"queue-tokens is {self.queue_tokens}, expected at least 1; type --queue-tokens 262144")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches it."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def require_model(source: str, adapter_path: str | None) -> None:
