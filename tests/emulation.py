@@ -8,7 +8,7 @@ import pytest
 
 from tools.metal_emulator import SCHEDULES, Emulated, compiler, emulated
 
-needs_compiler = pytest.mark.skipif(compiler() is None, reason="executing Metal here needs g++")
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="executing Metal here needs g++ on Linux")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -29,8 +30,8 @@ _KERNEL_FLAGS = (
 
 
 def compiler() -> str | None:
-    """The path of g++, or None."""
-    return shutil.which("g++")
+    """The path of g++, or None; on macOS, where that name is Clang's, the runtime is not compiled."""
+    return shutil.which("g++") if sys.platform == "linux" else None
 
 
 def cache_folder() -> Path:
@@ -77,7 +78,7 @@ def _version(path: str) -> str:
 def _built(text: str, kind: str, flags: tuple[str, ...], what: tuple[str, ...], folder: Path, stdin: str = "") -> Path:
     path = compiler()
     if path is None:
-        raise CompileError("there is no g++: install one (`apt install g++`)")
+        raise CompileError("there is no g++ of Linux: install one there (`apt install g++`)")
     key = hashlib.blake2b(digest_size=12)
     for part in (text, *flags, *what, _version(path), platform.machine()):
         key.update(part.encode() + b"\0")
