@@ -160,6 +160,15 @@ def test_another_store_and_a_single_served_one_are_refused(shelf: Path, store: Z
     assert list(shelf.iterdir()) == []
 
 
+def test_a_store_takes_nothing_under_another_name(shelf: Path, store: ZarrStore) -> None:
+    (shelf / "other.zarr").symlink_to(store.folder)  # as S.zarr is s.zarr where letters may be of either case
+    with (
+        serving(shelf) as url,
+        pytest.raises(LogitstoreError, match=r"other\.zarr is the store that is served as /s; "),
+    ):
+        push(str(store.folder), f"{url}/other", quiet=True)
+
+
 def test_a_client_of_another_format_is_refused_by_name(shelf: Path, store: ZarrStore) -> None:
     said = unseal_group((store.folder / GROUP).read_bytes(), "s")
     for version in (0, 2):

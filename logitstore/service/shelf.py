@@ -185,6 +185,15 @@ class Shelf:
                         idle.files.close()  # which a read opens again
         return served
 
+    def name_at(self, place: Path) -> str | None:
+        """What the store is served as that lies at a place, however it is spelled; None where none lies there.
+
+        A link is another spelling, and on most Macs other letters are: s.zarr is S.zarr there.
+        """
+        if not place.exists():
+            return None
+        return next((name for name, path in self._places_now(fresh=True).items() if path.samefile(place)), None)
+
     def _places_now(self, *, fresh: bool = False) -> dict[str, Path]:
         """Where the stores are, or were a moment ago; what is gone is let go of."""
         looked, places = self._seen

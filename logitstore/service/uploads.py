@@ -121,7 +121,13 @@ def _folder(shelf: Shelf, name: str) -> Path:
         plain = name.removesuffix(".zarr").removesuffix(".zip")
         if plain != name:
             raise ConfigError(f"stores are served without .zarr and .zip; type the URL with /{plain}") from None
-        return shelf.begins_stores / f"{name}.zarr"
+        place = shelf.begins_stores / f"{name}.zarr"
+        other = shelf.name_at(place)
+        if other not in (None, name):  # who may write to this one may not to that
+            raise ConfigError(
+                f"{place.name} is the store that is served as /{other}; type its URL, or another"
+            ) from None
+        return place
     if not served.writable:
         raise HTTPException(403, f"{name} is a zip file, which takes nothing; serve a folder")
     return served.path
