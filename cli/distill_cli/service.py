@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import click
@@ -40,7 +41,11 @@ def serve(**options: Any) -> None:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is not installed; type `pip install 'logitstore[serve]'`") from error
         if options["teacher"]:
+            from tqdm import tqdm
+
             say_blas()
+            # Bars of one process: a lock for several is one that Python on macOS calls leaked after `os._exit`.
+            tqdm.set_lock(RLock())
         places = tuple(place.expanduser() for place in options["places"])
         config = ServeConfig(**options | {"places": places})
         run(config, click.echo, lambda line: None if config.quiet else click.echo(line))
