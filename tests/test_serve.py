@@ -25,6 +25,7 @@ from logitstore.service.serve import ServeConfig
 from logitstore.service.tokens import new_token
 from logitstore.store import open_store
 from logitstore.wire import Kind, read_answers
+from tests.guessing import handles
 from tests.runs import World, make_world
 from tests.stores import small_store, tokens
 from tests.test_cli import finish, start
@@ -286,7 +287,7 @@ def test_two_processes_on_one_store_end_with_every_document_once(world: World, t
 def test_it_serves_more_connections_than_a_shell_gives_files(tmp_path: Path) -> None:
     small_store(tmp_path / "s.zarr")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))  # which the process begins with
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(128, handles() + 32), hard))  # which the process begins with
     try:
         running = served(tmp_path / "s.zarr", *ON_LOOPBACK)
         _, url = running.__enter__()
