@@ -79,7 +79,7 @@ def summed(weighted: Sequence[tuple[Path, float]]) -> dict[str, np.ndarray]:
 
 def logits_with(base: Path, updates: Mapping[str, np.ndarray]) -> np.ndarray:
     """The logits of the base whose float64 weights these updates were added to."""
-    model = load_model(base).model
+    model = load_model(base, unpack=True).model
     weights = dict(tree_flatten(model.parameters()))
     changed = {f"{name}.weight": np.array(weights[f"{name}.weight"], np.float64) + w for name, w in updates.items()}
     model.load_weights([(name, mx.array(w.astype(np.float32))) for name, w in changed.items()], strict=False)

@@ -50,7 +50,10 @@ def reshard(path: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("quantize", [False, True], ids=["dense", "4-bit"])
-def test_a_loaded_model_has_stock_mlx_lms_logits_and_on_a_cpu_is_float32(tmp_path: Path, quantize: bool) -> None:
+def test_a_loaded_model_has_stock_mlx_lms_logits_and_on_a_cpu_is_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: bool
+) -> None:
+    monkeypatch.setattr("distill_kernels.on_cpu", lambda: True)
     path = save_tiny_model(tmp_path / "tiny", quantize=quantize)
     stock, _ = mlx_lm.load(str(path))
     loaded = load_model(path)
