@@ -145,7 +145,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Document]:
             for batch in file.iter_batches(_PARQUET_ROWS, columns=needed):
                 for row in batch.to_pylist():
                     where = f"{path.name} row {number}"
-                    yield _checked(row, where, columns)
+                    yield _checked(_without_nulls(row), where, columns)
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DatasetError(f"{path} is not a whole Parquet file (at row {number}): {first_line(error)}") from error
@@ -162,7 +162,9 @@ def _read_hugging_face(dataset: str, split: str, columns: Sequence[str]) -> Iter
             f"{first_line(error.__cause__ or error)}"
         ) from error
     rows = rows.select_columns(_needed(rows.column_names, columns))
-    return (_checked(row, f"{dataset}[{split}] row {number}", columns) for number, row in enumerate(rows))
+    return (
+        _checked(_without_nulls(row), f"{dataset}[{split}] row {number}", columns) for number, row in enumerate(rows)
+    )
 
 
 def _needed(names: Sequence[str], columns: Sequence[str]) -> list[str]:
@@ -170,6 +172,17 @@ def _needed(names: Sequence[str], columns: Sequence[str]) -> list[str]:
     known = {"tools", *chain.from_iterable(FORMATS.values()), *columns}
     whole = format_of(dict.fromkeys(names, True)) and set(columns) <= set(names)
     return [name for name in names if name in known] if whole else list(names)
+
+
+def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row as it was before it was a table: in one, an object also has, as nulls, the fields of all other rows'."""
+    return {name: _filled(value) if name in ("messages", "tools") else value for name, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(field) for name, field in value.items() if field is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value
 
 
 def _checked(row: Mapping[str, Any], where: str, columns: Iterable[str]) -> Document:

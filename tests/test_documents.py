@@ -164,6 +164,22 @@ def test_tool_calls_and_lists_of_parts_are_messages(tmp_path: Path) -> None:
     assert document.row == row
 
 
+@pytest.mark.usefixtures("offline")
+def test_tool_calls_of_other_rows_leave_no_nulls_in_a_table(tmp_path: Path) -> None:
+    import datasets
+
+    def calling(name: str, **arguments: Any) -> dict[str, Any]:
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]}
+        schema = {field: {"type": "string"} for field in arguments}
+        return {"messages": [TURNS[0], call], "tools": [{"name": name, "properties": schema}]}
+
+    rows = [calling("weather", city="Paris"), calling("add", a=1, b=[2]), {"messages": TURNS, "tools": None}]
+    parquet = write_parquet(tmp_path / "a.parquet", rows)
+    datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(tmp_path / "disk")
+    for dataset in (parquet, str(tmp_path / "disk")):
+        assert [document.row for document in read_documents(dataset)] == rows
+
+
 def test_a_parquet_file_of_no_format_names_all_its_fields(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", [{"prompt": "2+2=", "answer": "4"}])
     with pytest.raises(DatasetError, match=r"a\.parquet row 0: found the fields prompt, answer; expected"):
