@@ -275,7 +275,7 @@ def _encode_chat(
     """Render the conversation once, tokenise it once, and learn the tokens that end inside an assistant turn.
 
     Only the end of a token is looked at: byte-level tokenizers may trim the spaces off its start, and the bytes of one
-    character share its end.
+    character share its end. But a header that takes in the spaces after it (Phi-3's) is no part of the turn.
     """
 
     def render(turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -294,11 +294,15 @@ def _encode_chat(
         )
     whole = render(messages)
     encoding = fast(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ends = np.array([end for _, end in encoding["offset_mapping"]], np.int64)
+    ids, offsets = encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+    starts, ends = offsets.T
     learned = np.zeros(len(ends), np.bool_)
     for start, end in _assistant_spans(messages, whole, render, where):
         learned |= (ends > start) & (ends <= end)
-    return encoding["input_ids"], learned
+        for number in np.flatnonzero((starts < start) & (ends > start)):
+            added = fast.added_tokens_decoder.get(ids[number])
+            learned[number] &= added is None or not added.rstrip
+    return ids, learned
 
 
 def _assistant_spans(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from logitstore.documents import Document
 from logitstore.errors import ConfigError, DatasetError, ModelError
@@ -85,6 +85,19 @@ def test_leading_spaces_of_a_turn_are_trained(trim_offsets: bool) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     sequence = one({"messages": [user(" a "), assistant(" b  c "), user("   "), assistant("   ")]}, tokenizer)
     assert runs(sequence, tokenizer) == [" b  c <|im_end|>\n", "   <|im_end|>\n"]
+
+
+def test_a_header_that_takes_in_the_space_after_it_is_not_trained() -> None:
+    tokenizer = tiny_tokenizer()
+    header = AddedToken("<|assistant|>", special=True, normalized=False, rstrip=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": [header]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|assistant|>\n' if m['role'] == 'assistant' }}{{ m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    for content in ("  code", "code"):
+        sequence = one({"messages": [user("Why?"), assistant(content)]}, tokenizer)
+        assert runs(sequence, tokenizer) == ["code<|im_end|>\n"]
 
 
 def test_mlx_lm_masks_the_same_last_turn() -> None:
