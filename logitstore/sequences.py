@@ -231,7 +231,7 @@ def _encode(document: Document, tokenizer: Any) -> tuple[list[int], npt.NDArray[
             return _encode_chat(messages, tools, tokenizer, document.where)
         case "completion":
             prompt = _encode_prompt(row["prompt"], tokenizer)
-            ids = _closed(prompt + _ids(row["completion"], tokenizer, add_special_tokens=False), tokenizer)
+            ids = _closed(prompt + _encode_completion(row["completion"], tokenizer), tokenizer)
             return ids, np.arange(len(ids)) >= len(prompt)
         case _:
             ids = _closed(_ids(row["text"], tokenizer), tokenizer)
@@ -243,6 +243,13 @@ def _encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
     ids = _ids(prompt, tokenizer)
     added = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
     return ids[:-1] if added else ids
+
+
+def _encode_completion(completion: str, tokenizer: Any) -> list[int]:
+    """Token ids of a completion as it stands in a text: not with the space that some tokenizers put before a text."""
+    before, both = (_ids(text, tokenizer, add_special_tokens=False) for text in ("\n", "\n" + completion))
+    alone = both[: len(before)] != before  # it merges with the line's end
+    return _ids(completion, tokenizer, add_special_tokens=False) if alone else both[len(before) :]
 
 
 def _ids(text: str, tokenizer: Any, **options: Any) -> list[int]:

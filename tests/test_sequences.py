@@ -12,7 +12,9 @@ from tokenizers import AddedToken, processors
 from logitstore.documents import Document
 from logitstore.errors import ConfigError, DatasetError, ModelError
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, tokenize
+from logitstore.vocabulary import vocabulary_of
 from tests.tiny import tiny_tokenizer
+from tests.tokenizers import sentencepiece_bpe, unigram
 
 # What Qwen3 does: the last turn opens with (empty) thoughts, which vanish from it once another message follows.
 THINKING_TEMPLATE = (
@@ -136,6 +138,17 @@ def test_text_keeps_the_special_tokens_of_its_tokenizer() -> None:
     tokenizer.chat_template = None
     pair = one({"prompt": "One", "completion": " two"}, tokenizer)
     assert tokenizer.decode(pair.token_ids) == "<|im_start|>One two<|im_end|>"
+
+
+@pytest.mark.parametrize("space", ["Prepend", "first", "always"])
+def test_a_completion_begins_with_no_space_that_the_row_does_not_have(space: str) -> None:
+    for tokenizer in (sentencepiece_bpe(space), unigram("always" if space == "Prepend" else space)):
+        for prompt, completion in (("What runs?\nA:", "teacher"), ("What runs?\nA:", " teacher"), ("a", "\n\nb")):
+            sequence = one({"prompt": prompt, "completion": completion}, tokenizer)
+            ids = sequence.token_ids.tolist()
+            assert vocabulary_of(tokenizer).joined(ids).decode() == prompt + completion
+            trained = sequence.token_ids[1:][sequence.trained]
+            assert b"".join(map(vocabulary_of(tokenizer).text_bytes, trained)).decode() == completion
 
 
 def test_a_completion_is_an_assistant_turn_where_there_is_a_chat_template() -> None:
