@@ -24,6 +24,8 @@ TODAY = datetime(2024, 7, 26)
 """What a chat template that asks for the date is told (Llama 3.2, SmolLM3, gpt-oss): with the true one, a document had
 other tokens tomorrow, and a store none of its targets. It is the day that Llama 3's template names without a clock."""
 _ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_OPENS_A_THOUGHT = re.compile(r"<think>\s*\Z")
+"""How some generation prompts end (DeepSeek-R1, QwQ, Qwen3-Thinking); a turn without thoughts begins before that."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,6 +326,8 @@ def _assistant_spans(
                 f"{where}: messages[0] is an assistant turn, expected a system or user message before it"
             )
         prompt = render(messages[:i], add_generation_prompt=True)
+        if not whole.startswith(prompt):
+            prompt = _OPENS_A_THOUGHT.sub("", prompt)
         start, end = len(prompt), _turn_end(prompt, render(messages[: i + 1]), whole)
         if end is None:
             raise DatasetError(

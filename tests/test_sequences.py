@@ -23,6 +23,11 @@ THINKING_TEMPLATE = (
     "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# What DeepSeek-R1 and QwQ do: the generation prompt opens a thought, and turns are rendered without theirs.
+OPENING_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'].split('</think>')[-1].lstrip() }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 # The generation prompt is the header of a last turn; a turn that another follows gets another header.
 HEADER_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A:' if loop.last else 'B:' }}{% endif %}"
@@ -203,6 +208,21 @@ def test_turns_whose_thoughts_are_dropped_are_still_found() -> None:
     tokenizer.chat_template = THINKING_TEMPLATE
     sequence = one({"messages": [user("a"), assistant("one\n"), user("b"), assistant("two")]}, tokenizer)
     assert runs(sequence, tokenizer) == ["one\n<|im_end|>\n", "<think>\n\n</think>\n\ntwo<|im_end|>\n"]
+
+
+def test_turns_without_the_thought_that_the_generation_prompt_opens_are_trained() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = OPENING_TEMPLATE
+    sequence = one(
+        {"messages": [user("a"), assistant("<b>"), user("b"), assistant("<think>\nHm.</think>\n\ntwo")]}, tokenizer
+    )
+    assert runs(sequence, tokenizer) == ["<b><|im_end|>\n", "two<|im_end|>\n"]
+    tokenizer.chat_template = OPENING_TEMPLATE.replace(
+        "m['content'].split",
+        "('<think>\n\n</think>\n\n' if loop.last and loop.index0 % 2 else '') + m['content'].split",
+    )  # Qwen3-Thinking: the last turn has one
+    sequence = one({"messages": [user("a"), assistant("one"), user("b"), assistant("two")]}, tokenizer)
+    assert runs(sequence, tokenizer) == ["one<|im_end|>\n", "\n</think>\n\ntwo<|im_end|>\n"]
 
 
 @pytest.mark.parametrize(
