@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,18 @@ import numpy.typing as npt
 from logitstore.entries import ShardEntry, unreadable
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError
 from logitstore.files import CannotList, Files, LocalFiles
-from logitstore.index import EMPTY, Table, block_counts, block_ends, common_length, find, key_hash, key_hashes
+from logitstore.index import (
+    EMPTY,
+    MOST_ORDERED,
+    Alike,
+    Table,
+    block_counts,
+    block_ends,
+    common_length,
+    find,
+    key_hash,
+    key_hashes,
+)
 from logitstore.key import document_key
 from logitstore.manifest import Manifest
 from logitstore.shard import Shard
@@ -70,6 +82,7 @@ class Catalog:
         self._checked: set[str] = set()
         self._view = _View(None, [], [0], np.empty((0, 2), np.int64), EMPTY, [])
         self._fresh_blocks = self._view, EMPTY
+        self._alike = self._view, Alike()
         self.refresh()
 
     @property
@@ -190,7 +203,8 @@ class Catalog:
             return *self._place(view, number), len(token_ids) - 1
         for end in reversed(block_ends(len(token_ids))):
             best, most = None, 0
-            for number in find(self._block_tables(view), key_hash(document_key(token_ids[:end]))):
+            numbers = find(self._block_tables(view), key_hash(document_key(token_ids[:end])), MOST_ORDERED)
+            for number in self._alike_in(view).nearest(numbers, token_ids, end, partial(self._tokens_of, view)):
                 shard, document = self._place(view, number)
                 common = common_length(shard.token_ids(document), token_ids)
                 if common > most:
@@ -200,6 +214,18 @@ class Catalog:
             if most >= end:
                 return best
         return None
+
+    def _alike_in(self, view: _View) -> Alike:
+        """What is known of documents that begin alike, as long as none gets another number."""
+        of, alike = self._alike
+        if of is not view:
+            alike = alike if view.names[: len(of.names)] == of.names else Alike()
+            self._alike = view, alike
+        return alike
+
+    def _tokens_of(self, view: _View, number: int) -> npt.NDArray[np.int32]:
+        shard, document = self._place(view, number)
+        return shard.token_ids(document)
 
     def _listed(self, index: StoredIndex | None) -> set[str]:
         try:

@@ -24,7 +24,7 @@ from logitstore.codec import Codes
 from logitstore.durable import beginning, sync
 from logitstore.entries import root_attributes, root_of
 from logitstore.errors import CorruptStoreError, StoreNotFoundError
-from logitstore.index import block_ends, common_length, key_hash
+from logitstore.index import MOST_ORDERED, Alike, block_ends, common_length, key_hash
 from logitstore.key import document_key
 from logitstore.lmdb_file import LmdbFile, create_file
 from logitstore.lmdb_records import (
@@ -54,9 +54,6 @@ from logitstore.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from logitstore.lmdb_writer import LmdbWriter
 
-MOST_ALIKE = 64
-"""So many documents that begin alike are looked at, as in `index.Table.find`."""
-
 
 class LmdbStore:
     """A store in one file; threads may read at once. `logitstore.open_store` opens it."""
@@ -75,6 +72,7 @@ class LmdbStore:
         self.root = root_of(self._held(ROOT), f"{path}/root", path)
         self.manifest: Manifest = self.root.manifest
         self._tables: dict[int, tuple[Ranks, int]] = {}
+        self._alike = Alike()
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest, vocabulary: Vocabulary) -> "LmdbStore":
@@ -270,7 +268,8 @@ class LmdbStore:
             return self._record(number), len(token_ids) - 1
         for end in reversed(block_ends(len(token_ids))):
             best, most = None, 0
-            for number in self._beginning(key_hash(document_key(token_ids[:end]))):
+            numbers = self._beginning(key_hash(document_key(token_ids[:end])))
+            for number in self._alike.nearest(numbers, token_ids, end, lambda n: self._tokens(self._record(n))):
                 found = self._record(number)
                 common = common_length(self._tokens(found), token_ids)
                 if common > most:
@@ -287,7 +286,7 @@ class LmdbStore:
         with self.file.reading() as txn, txn.cursor() as cursor:
             if cursor.set_range(prefix):
                 for key in cursor.iternext(values=False):
-                    if not key.startswith(prefix) or len(found) == MOST_ALIKE:
+                    if not key.startswith(prefix) or len(found) == MOST_ORDERED:
                         break
                     found += NUMBER.unpack(key[len(prefix) :])
         return found

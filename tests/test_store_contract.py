@@ -22,7 +22,7 @@ from logitstore.store import create_store, open_store
 from logitstore.targets import SparseTargets
 from logitstore.verify import verify
 from tests.distributions import Case, cases
-from tests.stores import VOCAB, VOCABULARY, manifest, records, tokens
+from tests.stores import VOCAB, VOCABULARY, guessed, manifest, records, tokens
 
 ROOT = Path(__file__).parent.parent
 LENGTHS = [7, 2, 30, 100, 600]
@@ -151,6 +151,20 @@ class StoreContract:
         add(store, [second])
         assert store.answered(lengthened(second, 5)) == 199 and store.answered(first.token_ids[:170]) == 169
         assert are_equal(store.get(fork[:150]), store.manifest.recipe.read(second.records), 149)
+
+    def test_of_many_that_begin_alike_the_one_that_goes_on_alike_answers(self, path: Path) -> None:
+        store, recipe, rng = create_store(path, manifest(), VOCABULARY), manifest().recipe, np.random.default_rng(4)
+        system, documents = tokens(70, 40), list[DocumentRecord]()
+        for number in range(100):
+            documents.append(guessed(np.concatenate([system, tokens(200 + number, 45)]), recipe, rng))
+            if number in (79, 99):  # put in order, and others in between
+                add(store, documents[-80:], f"build-{number}")
+                store.refresh()
+                for document in documents:
+                    for length in (50, 84):
+                        assert store.answered(document.token_ids[:length]) == length - 1
+        other = np.concatenate([documents[90].token_ids[:60], tokens(300, 10)])
+        assert store.answered(other) == 59 and store.answered(np.concatenate([system, tokens(301, 9)])) >= 39
 
     def test_codes_of_several_documents_are_those_that_get_decodes(self, store: Store) -> None:
         documents = [d.token_ids for d in records(LENGTHS)]
