@@ -1,8 +1,8 @@
 """Dataset to rows: the first room of the flow, in the formats of mlx-lm.
 
 A dataset is a JSON Lines file, a Parquet file, mlx-lm's folder of ``train.jsonl`` and its siblings, or whatever
-`datasets.load_dataset` knows by name or folder. Files are streamed, never held in memory. A row is checked here, once,
-and handed on as it is: nothing is tokenised, shuffled or repaired.
+`datasets.load_dataset` knows by name or folder, or `save_to_disk` has written. Files are streamed, never held in
+memory. A row is checked here, once, and handed on as it is: nothing is tokenised, shuffled or repaired.
 """
 
 import difflib
@@ -154,8 +154,11 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Document]:
 def _read_hugging_face(dataset: str, split: str, columns: Sequence[str]) -> Iterator[Document]:
     import datasets
 
+    saved = (Path(dataset) / "state.json").is_file()  # by Dataset.save_to_disk, which knows no splits
+    if saved and split != "train":
+        raise DatasetError(f"{dataset} was saved as one dataset and has no split {split!r}; leave --split out")
     try:
-        rows = datasets.load_dataset(dataset, split=split)
+        rows = datasets.load_from_disk(dataset) if saved else datasets.load_dataset(dataset, split=split)
     except Exception as error:  # network, hub, file formats and scripts: no common base short of this one
         raise DatasetError(
             f"dataset {dataset!r}, split {split!r}, is no file here and Hugging Face datasets cannot load it: "

@@ -209,6 +209,20 @@ def test_another_local_folder_goes_through_hugging_face(tmp_path: Path) -> None:
     assert len(list(read_documents(str(folder), split="test"))) == 1
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_dataset_that_was_saved_to_disk_is_read_as_its_own_train_split(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"text": text, "extra": 1} for text in ("one", "two", "three")]
+    datasets.Dataset.from_list(rows).filter(lambda row: row["text"] != "two").save_to_disk(tmp_path / "saved")
+    documents = list(read_documents(str(tmp_path / "saved")))
+    assert [document.row for document in documents] == [{"text": "one"}, {"text": "three"}]
+    with pytest.raises(
+        DatasetError, match=r"saved was saved as one dataset and has no split 'valid'; leave --split out"
+    ):
+        read_documents(str(tmp_path / "saved"), split="valid")
+
+
 def test_a_folder_of_all_sorts_of_things_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("logitstore.documents.MOST_FILES", 3)
     for name in "abc":
