@@ -178,13 +178,22 @@ def _needed(names: Sequence[str], columns: Sequence[str]) -> list[str]:
 
 
 def _without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row as it was before it was a table: in one, an object also has, as nulls, the fields of all other rows'."""
-    return {name: _filled(value) if name in ("messages", "tools") else value for name, value in row.items()}
+    """The row as it was before it was a table: in one, an object also has, as nulls, the fields of all other rows'.
+
+    A turn's content stays: it is null where the turn calls tools, and templates ask for that.
+    """
+    found = dict(row)
+    if isinstance(turns := row.get("messages"), list):
+        found["messages"] = [_filled(turn, "content") for turn in turns]
+    if "tools" in row:
+        found["tools"] = _filled(row["tools"])
+    return found
 
 
-def _filled(value: Any) -> Any:
+def _filled(value: Any, *kept: str) -> Any:
+    """The value without the null fields of its objects, but for those that are kept in the outermost."""
     if isinstance(value, dict):
-        return {name: _filled(field) for name, field in value.items() if field is not None}
+        return {name: _filled(field) for name, field in value.items() if field is not None or name in kept}
     return [_filled(item) for item in value] if isinstance(value, list) else value
 
 

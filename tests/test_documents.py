@@ -169,7 +169,7 @@ def test_tool_calls_of_other_rows_leave_no_nulls_in_a_table(tmp_path: Path) -> N
     import datasets
 
     def calling(name: str, **arguments: Any) -> dict[str, Any]:
-        call = {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": arguments}]}
+        call = {"role": "assistant", "content": None, "tool_calls": [{"name": name, "arguments": arguments}]}
         schema = {field: {"type": "string"} for field in arguments}
         return {"messages": [TURNS[0], call], "tools": [{"name": name, "properties": schema}]}
 
