@@ -190,9 +190,13 @@ class Manifest:
 
 def tokenizer_identity(tokenizer: object, vocabulary: Vocabulary) -> TokenizerIdentity:
     """What a manifest says of a tokenizer."""
+    return TokenizerIdentity(vocabulary.fingerprint(), len(vocabulary), template_digest(tokenizer))
+
+
+def template_digest(tokenizer: object) -> str | None:
+    """Of a tokenizer's chat template; None where it has none."""
     template = getattr(tokenizer, "chat_template", None)
-    digest = blake2b(str(template).encode(), digest_size=16).hexdigest() if template else None
-    return TokenizerIdentity(vocabulary.fingerprint(), len(vocabulary), digest)
+    return blake2b(str(template).encode(), digest_size=16).hexdigest() if template else None
 
 
 def _require_types(kind: Any, values: dict[str, Any]) -> None:

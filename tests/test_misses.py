@@ -1,7 +1,9 @@
 """`--on-miss` in runs: a teacher that goes away is counted and lived without; a store's holes change no loss."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ from distill_trainer import live_teacher
 from distill_trainer.batches import epochs
 from distill_trainer.live_teacher import LiveTeacher
 from distill_trainer.train import train
-from logitstore.errors import ModelError, StoreWriteError, TeacherLostError, UnusableLogitsError
+from logitstore.errors import MissingTargetsError, ModelError, StoreWriteError, TeacherLostError, UnusableLogitsError
 from logitstore.journal import ShardWriter
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
-from tests.runs import World, make_world
-from tests.tiny import CORPUS
+from tests.runs import World, make_world, write_jsonl
+from tests.tiny import CHAT_TEMPLATE, CORPUS
 
 TEXTS = (
     *CORPUS,
@@ -233,3 +235,25 @@ def test_whatever_share_of_the_store_is_removed_the_loss_curve_is_the_same_and_a
         assert [step["loss"] for step in again] == pytest.approx(curves[-1], rel=1e-6)
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
+def test_misses_of_a_store_of_another_chat_template_say_so_and_with_that_template_there_are_none(
+    world: World, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Who reads?"}, {"role": "assistant", "content": "Every student."}]
+    data = str(write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}]))
+    teacher, student, store = tmp_path / "teacher", tmp_path / "student", tmp_path / "s.zarr"
+    for path in (teacher, student):
+        shutil.copytree(world.folder / path.name, path)
+    (teacher / "chat_template.jinja").write_text("{{ bos_token + 'system' }}" + CHAT_TEMPLATE)
+    world.build(store, teacher=str(teacher), dataset=data)
+    config = world.config(tmp_path / "a", student=str(student), dataset=data, store=(str(store),))
+    with pytest.raises(MissingTargetsError, match=r"s\.zarr: built with another chat template than the student's"):
+        train(config)
+    said: list[str] = []
+    train(replace(config, on_miss="hard-only"), said.append)
+    assert sum("another chat template" in line for line in said) == 1
+    shutil.copy(teacher / "chat_template.jinja", student)
+    said.clear()
+    assert train(replace(config, out=str(tmp_path / "b")), said.append).count.misses == 0
+    assert not any("chat template" in line for line in said)

@@ -1,6 +1,6 @@
 """What a run says before its first step: what the stores lack, what is padding; and lines beside a progress bar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from tqdm import tqdm
@@ -12,7 +12,9 @@ from distill_trainer.live_teacher import DONE, SILENT
 from distill_trainer.packing import padding
 from distill_trainer.parallel import Processes
 from distill_trainer.targets import TargetSource
+from logitstore.contract import Store
 from logitstore.errors import MissingTargetsError
+from logitstore.manifest import template_digest
 from logitstore.sequences import TokenSequence
 
 PROBED = 1000
@@ -35,8 +37,12 @@ def say_coverage(
     held_out: list[TokenSequence],
     config: TrainConfig,
     say: Callable[[str], object],
+    other_template: str = "",
 ) -> None:
     """Say before the first step how many documents the stores lack, and what will be done about them.
+
+    Args:
+        other_template: from `said_of_templates`; said where there are some.
 
     Raises:
         MissingTargetsError: there are some to be trained on, and the policy is "error".
@@ -51,6 +57,8 @@ def say_coverage(
         if lacking := source.missing(held_out):
             told = f"{len(held_out) - lacking:,} of {len(held_out):,} documents are in the store, {lacking:,} miss"
             say(f"held out: {told}")
+        if other_template and (missing or lacking):
+            say(other_template)
     else:
         say(f"without a store all of {missing:,} documents miss: the teacher is asked, {SILENT[config.miss_policy]}")
     beyond = source.beyond(sequences) if config.max_teacher_length else 0
@@ -62,9 +70,22 @@ def say_coverage(
     if missing and config.miss_policy == "error" and not source.asks_services:
         raise MissingTargetsError(
             f"{missing:,} of {len(sequences):,} documents are not in the store (was it built with --max-seq-length "
-            f"{config.max_seq_length} too?); "
+            f"{config.max_seq_length} too?{other_template and f' {other_template}'}); "
             "type --teacher T to ask it live, or --on-miss hard-only or skip"
         )
+
+
+def said_of_templates(stores: Sequence[Store], tokenizer: object) -> str:
+    """Which stores were built with another chat template than the student's, as far as they know; "" for none."""
+    own = template_digest(tokenizer)
+    known = [store for store in stores if not store.manifest.imported]
+    others = [str(store.path) for store in known if store.manifest.tokenizer.chat_template_digest != own]
+    if not others:
+        return ""
+    return (
+        f"{', '.join(others)}: built with another chat template than the student's, which gives chats other tokens; "
+        "with the teacher's chat_template.jinja in the student's folder they are the same"
+    )
 
 
 def say_padding(

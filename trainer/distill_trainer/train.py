@@ -23,7 +23,7 @@ from distill_trainer.method import Method, learner, save_own
 from distill_trainer.methods import methods_of
 from distill_trainer.objective import Objective
 from distill_trainer.on_policy import on_policy
-from distill_trainer.opening_lines import between_bars, say_coverage, say_padding
+from distill_trainer.opening_lines import between_bars, said_of_templates, say_coverage, say_padding
 from distill_trainer.optimizer import make_optimizer
 from distill_trainer.output import CONFIG, SUMMARY, output_folder, require_new, require_room, require_run, writing
 from distill_trainer.packing import require_apart
@@ -89,9 +89,11 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         source = None
         if config.distils:
             source = asked.enter_context(target_source(config, teachers, student.tokenizer, say, crosses=crosses))
+            other_template = ""
             if not crosses:
                 require_ids_below(source.recipe.vocab_size, [*sequences, *held_out], "the teacher")
-            say_coverage(source, sequences, held_out, config, say)
+                other_template = said_of_templates(teachers.stores, student.tokenizer)
+            say_coverage(source, sequences, held_out, config, say, other_template)
         methods = methods_of(config, student, source, say)
         make_trainable(student, config, write_base=among.first)
         own = on_policy(config, student, sequences, source, say)
