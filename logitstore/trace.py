@@ -44,7 +44,11 @@ def traced(model: Module, layers: Sequence[int]) -> Iterator[dict[int, mx.array]
 
 @contextmanager
 def as_instances(parts: Sequence[tuple[Module, type[Any]]]) -> Iterator[None]:
-    """While the block runs, let each of these parts of a model be an instance of a subclass of its own class."""
+    """While the block runs, let each of these parts of a model be an instance of a subclass of its own class.
+
+    A class refers to itself, so Python frees it late; what its `__call__` holds, as the arrays of a pass, is free after
+    the block.
+    """
     kinds = [(part, type(part)) for part, _ in parts]
     try:
         for part, kind in parts:
@@ -53,6 +57,8 @@ def as_instances(parts: Sequence[tuple[Module, type[Any]]]) -> Iterator[None]:
     finally:
         for part, kind in kinds:
             part.__class__ = kind
+        for _, made in parts:
+            del made.__call__
 
 
 def layers_of(model: Module) -> list[Any]:

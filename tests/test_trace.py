@@ -1,3 +1,5 @@
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from distill_trainer.attention_maps import attention_maps
 from distill_trainer.gradients import checkpoint_layers
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import load_model
@@ -79,6 +82,27 @@ def test_gradients_flow_through_what_is_kept_with_layers_computed_twice_too(fold
             one, two = one[key], two[key]
         assert np.allclose(one, two, atol=1e-6, rtol=1e-4) and np.abs(one).max() > 0
     assert type(model.layers[1]) is kind
+
+
+@pytest.mark.parametrize("reader", [traced, attention_maps])
+def test_what_a_pass_kept_is_freed_with_it_and_not_when_python_looks_for_cycles(
+    folder: Path, reader: Callable[..., Any]
+) -> None:
+    model = load_model(folder).model
+
+    def read() -> int:
+        with reader(model, (0, 1, 2, 3)) as found:
+            mx.eval(model(TOKENS), found)
+            assert len(found) == 4
+        del found
+        return mx.get_active_memory()
+
+    gc.disable()
+    try:
+        before = read()
+        assert [read() for _ in range(5)] == [before] * 5
+    finally:
+        gc.enable()
 
 
 def test_a_layer_that_gives_a_tuple_is_read_by_its_first() -> None:
