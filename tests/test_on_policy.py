@@ -23,7 +23,7 @@ from logitstore.errors import ConfigError, DatasetError
 from logitstore.sequences import TokenSequence, tokenize
 from logitstore.store import open_store
 from tests.runs import World, make_world, write_jsonl
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_gpt2, save_tiny_model, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "What runs once?", "completion": "The teacher."},
@@ -51,11 +51,13 @@ def options(world: World, **more: Any) -> dict[str, Any]:
     return usual | {"iters": 8} | more
 
 
-def learner(world: World, out: Path, **more: Any) -> OnPolicy:
+def learner(world: World, out: Path, places: int | None = None, **more: Any) -> OnPolicy:
+    """Args: places: that the teacher has learned."""
     config = world.config(out, **options(world, **more))
     student = load_student(config)
     make_trainable(student, config)
-    source: Any = SimpleNamespace(lost=False, recipe=SimpleNamespace(vocab_size=384))
+    teacher, recipe = SimpleNamespace(places=places), SimpleNamespace(vocab_size=384)
+    source: Any = SimpleNamespace(lost=False, recipe=recipe, teacher=teacher)
     found = on_policy(config, student, world.sequences(), source, lambda _: None)
     assert found is not None
     return found
@@ -177,6 +179,14 @@ def test_no_token_is_said_that_the_tokenizer_does_not_have(tmp_path: Path, world
     batch, count = own.batch(world.sequences(), 0)
     assert count.generated > 30
     assert max(int(s.token_ids.max()) for s in batch) < len(tiny_tokenizer())
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_a_completion_ends_where_a_model_has_learned_no_more_places(tmp_path: Path, world: World, who: str) -> None:
+    few = {"student": str(save_tiny_gpt2(tmp_path / "gpt2", places=36))} if who == "student" else {"places": 36}
+    own = learner(world, tmp_path / "o", on_policy=1.0, on_policy_tokens=100, **few)
+    batch, _ = own.batch(world.sequences(), 0)
+    assert max(len(sequence.token_ids) for sequence in batch) == 37  # nobody reads the last one
 
 
 def test_a_completion_follows_the_teachers_own_prompt_where_it_has_one() -> None:

@@ -9,8 +9,6 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
-from mlx.utils import tree_flatten
-from mlx_lm.models import gpt2
 from safetensors.numpy import load_file
 
 from logitstore.build import BuildConfig, build
@@ -19,7 +17,7 @@ from logitstore.recipe import Recipe
 from logitstore.selection import Selection
 from logitstore.targets import SparseTargets
 from logitstore.teacher import Teacher
-from tests.tiny import CORPUS, save_tiny_model, tiny_tokenizer
+from tests.tiny import CORPUS, save_tiny_gpt2, save_tiny_model
 
 Array = npt.NDArray[np.float64]
 LENGTHS = (9, 2, 23)
@@ -138,12 +136,7 @@ def test_selection_on_the_device_and_on_the_cpu_agree(model: Path, monkeypatch: 
 
 
 def test_a_document_with_more_places_than_a_gpt2_has_learned_is_refused(tmp_path: Path) -> None:
-    config = {"model_type": "gpt2", "n_ctx": 16, "n_positions": 16, "n_embd": 32, "n_head": 4, "n_layer": 1}
-    config |= {"layer_norm_epsilon": 1e-5, "vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2}
-    weights = dict(tree_flatten(gpt2.Model(gpt2.ModelArgs.from_dict(config)).parameters()))
-    tiny_tokenizer().save_pretrained(tmp_path)
-    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_tiny_gpt2(tmp_path, places=16)
     teacher, recipe = Teacher(str(tmp_path), quiet=True), Recipe(Selection("top-k", 8), (1.0,), 0, 384)
     (answer,) = teacher.records([np.arange(17, dtype=np.int32)], recipe)
     assert len(answer.records) == 16

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models import llama
+from mlx_lm.models import gpt2, llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -107,6 +107,19 @@ def save_tiny_model(
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     (path / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     tokenizer.save_pretrained(path)
+    return path
+
+
+def save_tiny_gpt2(path: Path, places: int) -> Path:
+    """The same of a GPT-2 of one layer, which has learned so many places and reads no more tokens."""
+    config = {"model_type": "gpt2", "n_ctx": places, "n_positions": places, "n_embd": 32, "n_head": 4, "n_layer": 1}
+    config |= {"layer_norm_epsilon": 1e-5, "vocab_size": 384, "bos_token_id": 1, "eos_token_id": 2}
+    model, rng = gpt2.Model(gpt2.ModelArgs.from_dict(config)), np.random.default_rng(0)
+    path.mkdir(parents=True, exist_ok=True)
+    weights = {name: _random(rng, p.shape) for name, p in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tiny_tokenizer().save_pretrained(path)
     return path
 
 

@@ -60,14 +60,26 @@ class OnPolicy:
         model.eval()
         try:
             shared = among.share(list(zip(prompted, keys, strict=True)))
-            tokens = [self._generated(s.token_ids[: at + 1], key) for (s, at), key in shared]
+            tokens = [self._generated(s.token_ids[: at + 1], self._room(s, at), key) for (s, at), key in shared]
         finally:
             model.train(training)
         own = [completed(s, at, new) for ((s, at), _), new in zip(shared, tokens, strict=True)]
         return own, Count(on_policy=1, generated=sum(map(len, tokens)))
 
-    def _generated(self, prompt: npt.NDArray[np.int32], key: mx.array) -> npt.NDArray[np.int32]:
-        """Tokens that the student says after a prompt, int32 [1 .. on_policy_tokens], the end of text among them."""
+    def _room(self, sequence: TokenSequence, start: int) -> int:
+        """The most tokens that may follow a document's prompt: as many as fit the run, and the places of both models.
+
+        Nobody reads the last one. A prompt that leaves no room is the teacher's to refuse.
+        """
+        asked_start = start if sequence.asked is None else int(sequence.asked.positions[start])
+        room = [self.config.on_policy_tokens, self.config.max_seq_length - start - 1]
+        for model, read in ((self.student, start), (self.source.teacher, asked_start)):
+            if model is not None and model.places is not None:
+                room.append(model.places - read)
+        return max(min(room), 1)
+
+    def _generated(self, prompt: npt.NDArray[np.int32], most: int, key: mx.array) -> npt.NDArray[np.int32]:
+        """Tokens that the student says after a prompt, int32 [1 .. most], the end of text among them."""
         temperature, found, ends = self.config.on_policy_temperature, list[int](), self.student.end_tokens
 
         def sampler(log_probs: mx.array) -> mx.array:
@@ -78,7 +90,6 @@ class OnPolicy:
             key, now = mx.random.split(key)
             return mx.random.categorical(known / temperature, key=now)
 
-        most = min(self.config.on_policy_tokens, self.config.max_seq_length - len(prompt))
         steps: Any = generate_step(mx.array(prompt), self.student.model, max_tokens=most, sampler=sampler)
         for token, _ in steps:
             found.append(int(token))
