@@ -19,6 +19,7 @@ import pytest
 from distill_trainer.batch_loss import batch_loss
 from distill_trainer.held_out import HeldOut
 from distill_trainer.output import output_folder
+from distill_trainer.pages import run_page
 from distill_trainer.targets import TargetSource
 from distill_trainer.train import train
 from logitstore.errors import ConfigError, CorruptStoreError, ModelError
@@ -148,6 +149,23 @@ def test_the_last_and_the_best_checkpoint_are_kept_and_load_in_mlx_lm(tmp_path: 
     assert best == 6
     assert kept(tmp_path / "o") == [6, 10]
     mlx_lm.load(str(tmp_path / "o" / "checkpoints" / "0000006"))
+
+
+def test_a_run_that_goes_on_and_is_killed_is_not_shown_as_the_run_that_ended_before(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> Any:
+        raise SystemExit
+
+    out, options = tmp_path / "o", {"store": (str(world.store),), "save_every": 2}
+    world.train(out, iters=2, **options)
+    assert (out / "summary.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("distill_trainer.train.run_steps", killed)
+        world.train(out, iters=4, resume=True, **options)
+    assert not (out / "summary.json").exists() and "not ended" in run_page(out)
+    world.train(out, iters=4, resume=True, **options)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 4
 
 
 def test_the_best_checkpoint_is_not_one_whose_held_out_loss_is_no_number(

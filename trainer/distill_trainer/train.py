@@ -118,6 +118,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = lambda _: None) ->
         if among.first:
             with writing(out):
                 (out / CONFIG).write_text(json.dumps(replace(config, resume=False).to_json(), indent=1) + "\n")
+                (out / SUMMARY).unlink(missing_ok=True)  # it tells of an end, and this run goes on
             cut_metrics(out, run.steps)
         if among.size > 1:
             say(f"{among.size} processes share each batch of {config.batch_size:,} documents")
