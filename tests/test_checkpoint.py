@@ -168,6 +168,28 @@ def test_a_run_that_goes_on_and_is_killed_is_not_shown_as_the_run_that_ended_bef
     assert json.loads((out / "summary.json").read_text())["steps"] == 4
 
 
+def test_a_checkpoint_between_two_turns_is_the_best_by_as_many_steps_as_any_other(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, out = iter([1.0, 3.0, 3.0, 2.0, 9.0, 1.0]), tmp_path / "o"
+
+    def known(step: Any, batches: Any) -> Any:
+        (_, *means), gradients = step(batches[0])
+        loss = next(losses)
+        if loss == 2.0:
+            signal.raise_signal(signal.SIGINT)
+        return (mx.array(loss), *means), gradients
+
+    monkeypatch.setattr("distill_trainer.parallel.mean_gradient", known)
+    options = {"store": (str(world.store),), "iters": 6, "save_every": 3}
+    world.train(out, **options)
+    assert kept(out) == [3, 4]  # the mean of steps 1 to 3 is 7/3, that of 2 to 4 is 8/3
+    world.train(out, resume=True, **options)
+    assert kept(out) == [3, 6]
+    state = json.loads((out / "checkpoints" / "0000006" / "training.json").read_text())
+    assert state["mean_loss"] == pytest.approx(12 / 3)
+
+
 def test_the_best_checkpoint_is_not_one_whose_held_out_loss_is_no_number(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

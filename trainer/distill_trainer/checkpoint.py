@@ -1,7 +1,7 @@
 """Checkpoints of a run, below OUT/checkpoints: the last, and the best.
 
 The best is the one of the lowest held-out loss; without held-out documents, the one before which the mean training loss
-was lowest.
+of `save_every` steps was lowest.
 
 Each is a folder that mlx-lm loads as an adapter or a model, and beside the weights all that the next step depends on:
 
@@ -18,6 +18,7 @@ all; older ones go once a newer one is there.
 import json
 import math
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -78,8 +79,8 @@ class Checkpoints:
         self._held_out = held_out
         self._methods = methods
         self._folder = Path(config.out) / CHECKPOINTS
-        self._losses: list[float] = []
-        """Since the last checkpoint."""
+        self._losses: deque[float | None] = deque(maxlen=config.save_every or 0)
+        """Of the last `save_every` steps; None of one that trained nothing."""
 
     def restore(self, report: TrainReport) -> None:
         """Go back to the last checkpoint; where a run was killed before its first, to the beginning.
@@ -101,6 +102,7 @@ class Checkpoints:
         load_own(self._methods, last)
         seed(kept.pop(_KEY))
         self._objective.restore(state["objective"])
+        self._losses.extend(state.get("losses", []))
         self._optimizer.state = tree_unflatten(list(kept.items()))
         for name in ("steps", "trained_tokens", "elapsed_s", "final", "valid", "count"):
             setattr(report, name, getattr(before, name))
@@ -112,8 +114,7 @@ class Checkpoints:
             ConfigError: full disk, no permission.
             ModelError: weights that are no numbers.
         """
-        if report.final["loss"] is not None:
-            self._losses.append(report.final["loss"])
+        self._losses.append(report.final["loss"])
         every = self._config.save_every
         if every is not None and report.steps % every == 0:
             self.save(report)
@@ -131,7 +132,8 @@ class Checkpoints:
         self.require_numbers(report)
         state = {
             "report": asdict(report),
-            "mean_loss": sum(self._losses) / len(self._losses) if self._losses else None,
+            "mean_loss": self._mean_loss,
+            "losses": list(self._losses),
             "config": self._config.to_json(),
             "sources": self._sources,
             "objective": self._objective.state,
@@ -152,7 +154,6 @@ class Checkpoints:
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            self._losses.clear()
             folders = _checkpoints(self._folder)
             best = min(folders, key=lambda folder: _loss(folder, held_out=bool(self._held_out)))
             for folder in folders[:-1]:
@@ -169,6 +170,12 @@ class Checkpoints:
         trained = [*trainable(self._student.model).values(), *own_parameters(self._methods).values()]
         if not all(mx.isfinite(values).all().item() for values in trained):
             raise ModelError(f"after step {report.steps} some weights are no finite numbers; {self._config.slower}")
+
+    @property
+    def _mean_loss(self) -> float | None:
+        """Over the last `save_every` steps; None where there were fewer."""
+        losses = [loss for loss in self._losses if loss is not None]
+        return sum(losses) / len(losses) if losses and len(self._losses) == self._losses.maxlen else None
 
     @cached_property
     def _sources(self) -> dict[str, str]:
