@@ -66,7 +66,8 @@ def method_of(world: World, model: Any, kind: Any = "mse", weight: float = 0.5) 
 def batch_of(sequences: list[TokenSequence], method: AttentionLoss) -> Batch:
     """Cross-entropy alone beside the method."""
     nobody: list[None] = [None] * len(sequences)
-    batch = with_teacher(collate(sequences, nobody, Weighing(0.0, "hard-only")), [method], nobody)
+    answers: Any = [sequence.trained for sequence in sequences]  # of whole documents: their lengths alone are read
+    batch = with_teacher(collate(sequences, nobody, Weighing(0.0, "hard-only")), [method], answers)
     assert batch is not None
     return batch
 

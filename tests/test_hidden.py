@@ -23,7 +23,7 @@ from logitstore.model import load_model
 from logitstore.sequences import TokenSequence
 from logitstore.trace import traced
 from tests.runs import World, make_world, write_jsonl
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_gpt2, save_tiny_model
 
 PAIRS = ((5, 3), (2, 1))
 
@@ -54,7 +54,8 @@ def method_of(world: World, model: Any, kind: Any = "mse", weight: float = 0.5) 
 def batch_of(sequences: list[TokenSequence], method: HiddenLoss) -> Batch:
     """Cross-entropy alone beside the method."""
     weighing = Weighing(0.0, "hard-only")
-    batch = with_teacher(collate(sequences, [None] * len(sequences), weighing), [method], [None] * len(sequences))
+    answers: Any = [sequence.trained for sequence in sequences]  # of whole documents: their lengths alone are read
+    batch = with_teacher(collate(sequences, [None] * len(sequences), weighing), [method], answers)
     assert batch is not None
     return batch
 
@@ -245,6 +246,30 @@ def test_a_store_of_hidden_states_teaches_as_the_live_teacher_does_and_misses_ar
     _, (asked,) = world.train(tmp_path / "asked", teacher=str(world.teacher), **part)
     _, (whole,) = world.train(tmp_path / "whole", **part | {"store": (str(tmp_path / "s.zarr"),)})
     assert asked["hidden_loss"] == pytest.approx(whole["hidden_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("why", ["too few places", "no numbers"])
+@pytest.mark.parametrize("term", ["hidden", "attention"])
+def test_a_document_that_the_live_teacher_does_not_answer_is_left_out(tmp_path: Path, term: str, why: str) -> None:
+    world = make_world(tmp_path / "world", ["A short one.", "This one is long: 0123456789 0123456789."], store=False)
+    short, long = world.sequences()
+    if why == "too few places":
+        save_tiny_gpt2(world.teacher, places=len(short.trained))
+    else:
+        save_tiny_model(world.teacher, tied=False)
+        weights = dict(mx.load(str(world.teacher / "model.safetensors")))
+        only = set(long.token_ids[:-1].tolist()) - set(short.token_ids.tolist())
+        weights["model.embed_tokens.weight"][mx.array(list(only))] = mx.nan
+        mx.save_safetensors(str(world.teacher / "model.safetensors"), weights)
+    kind = {f"{term}_loss": "mse", "layer_map": "0:0", "on_miss": "hard-only", "teacher": str(world.teacher)}
+    _, (both,) = world.train(tmp_path / "both", iters=1, **kind)
+    write_jsonl(world.data, [{"text": "A short one."}])
+    _, (alone,) = world.train(tmp_path / "alone", iters=1, **kind)
+    assert both["failed"] == len(long.trained) and alone["failed"] == 0
+    assert both[f"{term}_loss"] == pytest.approx(alone[f"{term}_loss"], rel=1e-4)
+    write_jsonl(world.data, [{"text": "This one is long: 0123456789 0123456789."}])
+    _, (nobody,) = world.train(tmp_path / "nobody", iters=1, **kind)
+    assert nobody[f"{term}_loss"] is None and nobody["loss"] == pytest.approx(nobody["ce_loss"])
 
 
 def test_a_store_that_lacks_the_layers_is_refused_with_the_flag_that_keeps_them(tmp_path: Path, world: World) -> None:

@@ -23,7 +23,7 @@ from distill_trainer.attention_maps import attention_maps
 from distill_trainer.batches import Batch, Beside
 from distill_trainer.kinds import AttentionKind
 from distill_trainer.layer_map import Pairs
-from distill_trainer.method import Answers
+from distill_trainer.method import Answers, read_by_teacher
 
 LEAST = 1e-9
 
@@ -40,10 +40,12 @@ class AttentionLoss:
     module: Module = field(default_factory=Module)
     name: str = "attention"
 
-    def beside(self, batch: Batch, _answers: Answers) -> Beside:
+    def beside(self, batch: Batch, answers: Answers) -> Beside:
+        tokens, rows, weights = read_by_teacher(batch, answers)
         with attention_maps(self.teacher, sorted({layer for layer, _ in self.pairs})) as found:
-            self.teacher(batch.tokens)  # nobody asks for its logits, so they are not computed
-        beside = Beside(batch.each_weight, tuple(_rows(found[layer], batch) for layer, _ in self.pairs))
+            self.teacher(tokens)  # nobody asks for its logits, so they are not computed
+        unread = [(0, 0), (0, batch.tokens.shape[1] - tokens.shape[1])]
+        beside = Beside(weights, tuple(mx.pad(_rows(found[layer], rows), unread) for layer, _ in self.pairs))
         mx.eval(beside)
         return beside
 
@@ -54,7 +56,7 @@ class AttentionLoss:
         visible = batch.rows % batch.tokens.shape[1] + 1
         total = mx.zeros(len(batch.rows))
         for (_, layer), teacher in zip(self.pairs, beside.arrays, strict=True):
-            total += distance(self.kind, _rows(seen[layer], batch), teacher, visible)
+            total += distance(self.kind, _rows(seen[layer], batch.rows), teacher, visible)
         return total / len(self.pairs)
 
 
@@ -69,5 +71,5 @@ def distance(kind: AttentionKind, a: mx.array, b: mx.array, visible: mx.array) -
     return mx.where(b > 0, b * (mx.log(mx.where(b > 0, b, 1)) - mx.log(mx.maximum(a, LEAST))), 0).sum(axis=-1)
 
 
-def _rows(maps: mx.array, batch: Batch) -> mx.array:
-    return maps.reshape(-1, maps.shape[-1])[batch.rows]
+def _rows(maps: mx.array, rows: mx.array) -> mx.array:
+    return maps.reshape(-1, maps.shape[-1])[rows]

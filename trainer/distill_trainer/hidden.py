@@ -28,7 +28,7 @@ from mlx.nn.layers.base import Module
 from distill_trainer.batches import Batch, Beside
 from distill_trainer.kinds import HiddenKind
 from distill_trainer.layer_map import Pairs
-from distill_trainer.method import Answers
+from distill_trainer.method import Answers, read_by_teacher
 from logitstore.trace import traced
 
 States = Callable[[Batch, Answers], Beside]
@@ -124,14 +124,15 @@ def answered_states(numbers: Sequence[int], width: int) -> States:
 
 
 def live_states(teacher: Module, pairs: Pairs) -> States:
-    """From a teacher that is run on the batch."""
+    """From a teacher that is run on what it answered of the batch."""
     layers = [layer for layer, _ in pairs]
 
-    def states(batch: Batch, _answers: Answers) -> Beside:
+    def states(batch: Batch, answers: Answers) -> Beside:
+        tokens, rows, weights = read_by_teacher(batch, answers)
         with traced(teacher, sorted(set(layers))) as found:
-            teacher(batch.tokens)  # nobody asks for its logits, so they are not computed
-        rows = [found[layer].reshape(-1, found[layer].shape[-1])[batch.rows] for layer in layers]
-        beside = Beside(batch.each_weight, (mx.stack(rows, axis=1).astype(mx.float32),))
+            teacher(tokens)  # nobody asks for its logits, so they are not computed
+        states = [found[layer].reshape(-1, found[layer].shape[-1])[rows] for layer in layers]
+        beside = Beside(weights, (mx.stack(states, axis=1).astype(mx.float32),))
         mx.eval(beside)
         return beside
 

@@ -81,6 +81,22 @@ def with_teacher(batch: Batch | None, methods: Sequence[Method], answers: Answer
     return batch._replace(beside=tuple(method.beside(batch, answers) for method in methods))
 
 
+def read_by_teacher(batch: Batch, answers: Answers) -> tuple[mx.array, mx.array, mx.array]:
+    """What a live teacher is given to read beside its answers: the documents that it answered.
+
+    Returns:
+        (tokens, rows, weights): int32 [B, T'], zeros in place of other documents, and no longer than what was answered;
+        int32 [N], where the batch's rows are in them; float32 [N], what these weigh, 0 of what was not answered.
+    """
+    lengths = [0 if targets is None else len(targets) for targets in answers]
+    longest = max(*lengths, 1)
+    documents, positions = batch.rows // batch.tokens.shape[1], batch.rows % batch.tokens.shape[1]
+    there = mx.array(lengths)
+    tokens = mx.where(there[:, None] > 0, batch.tokens[:, :longest], 0)
+    rows = documents * longest + mx.minimum(positions, longest - 1)
+    return tokens, rows, mx.where(positions < there[documents], batch.each_weight, 0)
+
+
 def with_methods(
     loss: Callable[[Batch], tuple[mx.array, ...]], methods: Sequence[Method], batch: Batch
 ) -> tuple[mx.array, ...]:
