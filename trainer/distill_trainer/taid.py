@@ -4,8 +4,10 @@
     d = (L_before - L) / (L_before + 1e-15);   m <- 0.99 m + 0.01 d
     t <- min(1, max(line, t + 5e-4 · sigmoid(m) · (1 - t)))
 
-L is a step's distillation loss, as `kd_loss` shows it: the KL to the interpolated target. The first one is only
-remembered. A student that learns fast is pulled ahead of the line; t never falls, and ends at 1.
+L is a step's distillation loss, as `kd_loss` shows it: the KL to the interpolated target; where TAID is one of several
+losses, their weighted sum, of which d is the relative fall. The first one is only remembered. A student that learns
+fast is pulled ahead of the line, in a run of thousands of steps: in one of fewer than 2,000 the line rises faster than
+5e-4 (1 - t) a step, and t is the line. t never falls, and ends at 1.
 
 Reference: Shing et al., "TAID: Temporally Adaptive Interpolated Distillation", ICLR 2025, section 3.2, algorithm 1.
 Their code feeds the rule the cross-entropy form of L, which has the same gradient and is larger by the target's
