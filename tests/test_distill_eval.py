@@ -19,13 +19,15 @@ from distill_trainer.distill_eval import EvalConfig, Held, distill_eval
 from distill_trainer.evaluate import evaluate
 from distill_trainer.pages import evaluation_page, run_page
 from distill_trainer.stored_evaluation import evaluate_stored
+from distill_trainer.two_prompts import read_both
 from logitstore.errors import ConfigError, ModelError
 from logitstore.model import load_model
+from logitstore.sequences import TokenizeReport
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
-from tests.runs import World, make_world
+from tests.runs import World, make_world, write_jsonl
 from tests.test_plots import HOSTILE, assert_good
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,24 @@ def test_a_run_is_measured_and_shown_on_one_page(world: World, run: Path, tmp_pa
     (run / "adapter_config.json").unlink()
     result = CliRunner().invoke(command.main, list(map(str, args)))
     assert result.exit_code == 2 and "has saved no student" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "how", [{"mask_prompt": False}, {"student_prompt_template": "Be brief. {input}", "alpha": 0.0}], ids=str
+)
+def test_a_run_is_measured_on_what_its_student_reads(world: World, tmp_path: Path, how: dict[str, Any]) -> None:
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "How many?", "completion": " Two."}])
+    options = {"dataset": str(data), "teacher": str(world.teacher), "iters": 1, **how}
+    world.train(tmp_path / "o", **options, learning_rate=1e-9)
+    args = ["--run", tmp_path / "o", "--dataset", data, "--teacher", world.teacher, "--json", tmp_path / "e.json"]
+    result = CliRunner().invoke(command.main, [*map(str, args), "--html", f"{tmp_path}/e.html", "--quiet"])
+    assert result.exit_code == 0, result.output
+    config = world.config(tmp_path / "p", **options)
+    sequences = read_both(config, str(data), "train", (), tiny_tokenizer(), TokenizeReport())
+    wanted = evaluate({"s": load_model(world.student)}, Teacher(str(world.teacher)), sequences, quiet=True)["s"]
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["positions"] == wanted.positions
+    assert found["figures"]["kl"]["value"] == pytest.approx(wanted.kl, rel=1e-5)
 
 
 def test_a_teachers_padding_beyond_the_student_is_left_out(world: World, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ from distill_cli.outcome import one_line_errors, say_blas
 def main(run: Path | None, html: Path | None, json_file: Path | None, **options: Any) -> None:
     """Measure how near a student is to its teacher on documents that it was not trained on.
 
-    With --run the student is that run's, unless one is typed. With --run and --html alone, the page of that run is made
+    With --run the student is that run's, unless one is typed, and reads the documents as it did there: with its prompt
+    template, and its prompts too where these were trained. With --run and --html alone, the page of that run is made
     again.
     """
     with one_line_errors("Nothing was written."):
@@ -47,7 +48,7 @@ def main(run: Path | None, html: Path | None, json_file: Path | None, **options:
             if not options[name]:
                 raise click.UsageError(f"Missing option '--{name}'.")
         say_blas()
-        config = EvalConfig(**options)
+        config = EvalConfig(**options, run=None if run is None else run.expanduser())
         held = distill_eval(config, lambda line: None if config.quiet else click.echo(line))
         click.echo(held.to_text())
         if json_file is not None:

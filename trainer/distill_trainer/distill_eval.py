@@ -14,12 +14,15 @@ import numpy as np
 
 from distill_trainer.answers import Answer, answers
 from distill_trainer.comparison import expected_calibration_error, reliability
+from distill_trainer.config_file import config_of, read_config
 from distill_trainer.evaluate import evaluate
+from distill_trainer.output import CONFIG
 from distill_trainer.stored_evaluation import Stated, evaluate_stored
 from distill_trainer.target_source import require_same_tokenizer
 from logitstore.documents import read_documents
 from logitstore.errors import ConfigError, first_line
 from logitstore.model import LoadedModel, load_model
+from logitstore.prompts import prompted
 from logitstore.replaced import replaced
 from logitstore.sequences import TokenizeReport, TokenSequence, read_sequences, require_ids_below, require_places
 from logitstore.store import open_store
@@ -54,6 +57,8 @@ class EvalConfig:
     max_seq_length: int = 2048
     samples: int = 0
     """How many prompts are answered."""
+    run: Path | None = None
+    """The --out of a run: documents are read as its student read them."""
     quiet: bool = False
 
     def __post_init__(self) -> None:
@@ -151,7 +156,20 @@ def distill_eval(config: EvalConfig, say: Callable[[str], object] = lambda _: No
     rows = read_documents(config.dataset, split=config.split or ("train" if one_file else "test"))
     student = load_model(config.student, adapter_path=config.adapter_path)
     report = TokenizeReport()
-    sequences = read_sequences(rows, student.tokenizer, config.max_seq_length, report, quiet=config.quiet)
+    template, mask_prompt = None, True
+    if config.run is not None:
+        told = config_of(read_config(config.run / CONFIG))
+        template, mask_prompt = told.student_template, told.mask_prompt
+        if told.teacher_template != template:
+            say("the run's teacher was asked in other words; here it is held against the student after the student's")
+    sequences = read_sequences(
+        prompted(rows, template),
+        student.tokenizer,
+        config.max_seq_length,
+        report,
+        quiet=config.quiet,
+        mask_prompt=mask_prompt,
+    )
     say(report.describe())
     require_ids_below(student.model(mx.array([[0]])).shape[-1], sequences, f"student {student.name}")
     longest = max(len(sequence.trained) for sequence in sequences)
