@@ -23,6 +23,7 @@ from logitstore.foreign.document import MAX_ID
 from logitstore.journal import left_by
 from logitstore.key import document_key
 from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
+from logitstore.measures import ASSUMED
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.sealed import file_digest
 from logitstore.selection import Selected, Selection, randomness
@@ -33,7 +34,6 @@ from logitstore.zip_store import ZIP_SUFFIX
 
 WRITER = "import"
 TAIL_MASS = "tail mass"
-ASSUMED = "tail mass (assumed to be none)"
 SEED = 0
 NAMED, KEY_DIGITS = 3, 12
 """So many documents with other targets are named, by so much of their keys as `logitstore query` shows."""

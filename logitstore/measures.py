@@ -31,6 +31,8 @@ from logitstore.targets import SparseTargets
 NAMES = ("length", "nll", "entropy", "correct", "disagreement", "tail_mass")
 UNKNOWN_LABEL = "label log-prob where the label was not kept"
 """What a manifest calls it where an imported cache says nothing of some labels."""
+ASSUMED = "tail mass (assumed to be none)"
+"""What a manifest calls it where an imported cache scaled its entries to sum to 1."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,17 @@ from distill_trainer.pages import evaluation_page, run_page
 from distill_trainer.stored_evaluation import evaluate_stored
 from distill_trainer.two_prompts import read_both
 from logitstore.errors import ConfigError, ModelError
+from logitstore.import_cache import ImportConfig, import_cache
 from logitstore.model import load_model
-from logitstore.sequences import TokenizeReport
+from logitstore.sequences import TokenizeReport, TokenSequence
 from logitstore.store import open_store
 from logitstore.teacher import Teacher
+from tests.oracle import log_softmax
 from tests.runs import World, make_world, write_jsonl
+from tests.test_foreign_axolotl import prepared
+from tests.test_foreign_axolotl import write as write_axolotl
+from tests.test_foreign_document import teacher as distribution
+from tests.test_foreign_document import top
 from tests.test_plots import HOSTILE, assert_good
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -175,6 +181,31 @@ def test_a_run_is_measured_on_what_its_student_reads(world: World, tmp_path: Pat
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["positions"] == wanted.positions
     assert found["figures"]["kl"]["value"] == pytest.approx(wanted.kl, rel=1e-5)
+
+
+def test_no_figure_is_called_a_bound_where_the_tail_was_assumed_to_be_none(world: World, tmp_path: Path) -> None:
+    tokens, log_probs = distribution(80, 384)
+    cache = write_axolotl(tmp_path / "cache", [prepared(tokens, log_probs, 10, legacy=False)])
+    into = ImportConfig(
+        format="axolotl",
+        source=cache,
+        out=tmp_path / "s.zarr",
+        teacher="T",
+        tokenizer=str(world.student),
+        alignment="current",
+        assume_normalised=True,
+        quiet=True,
+    )
+    import_cache(into)
+    sequence = TokenSequence(tokens.astype(np.int32), np.ones(len(tokens) - 1, bool), "here", 0)
+    student = load_model(world.student)
+    figures = evaluate_stored(student, open_store(tmp_path / "s.zarr"), [sequence], quiet=True).figures
+    q = np.exp(log_softmax(np.array(student.model(mx.array(tokens[None, :-1]))[0], np.float64)))
+    ids, values = top(log_probs[:-1], 10)
+    q, p = np.take_along_axis(q, ids, axis=1), np.exp(values) / np.exp(values).sum(axis=1, keepdims=True)
+    assert figures["kl"].value == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=0.02)
+    for name in ("kl", "reverse_kl", "acceptance"):
+        assert "bound" not in figures[name].what and "tail assumed to be none" in figures[name].what
 
 
 def test_a_teachers_padding_beyond_the_student_is_left_out(world: World, tmp_path: Path) -> None:

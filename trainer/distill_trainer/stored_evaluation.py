@@ -21,6 +21,8 @@ from distill_trainer.losses import Loss, loss_of
 from logitstore.contract import Store
 from logitstore.errors import DatasetError, IncompatibleStoreError
 from logitstore.forward import logit_rows
+from logitstore.manifest import Manifest
+from logitstore.measures import ASSUMED
 from logitstore.model import LoadedModel
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
@@ -125,7 +127,7 @@ def evaluate_stored(
             f"{store.path} answers none of the {found.unanswered:,} trained positions; type --dataset with what it was "
             "built of, or --teacher T"
         )
-    found.figures = _stated(means, recipe, reverse, student.name)
+    found.figures = _stated(means, store.manifest, reverse, student.name)
     return found
 
 
@@ -166,13 +168,15 @@ def _reverse_kl(recipe: Recipe, where: str) -> Loss | str:
         return str(error).partition(": ")[2].partition("; ")[0]
 
 
-def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str, student: str) -> dict[str, Stated]:
-    selection = recipe.selection
+def _stated(means: dict[str, _Mean], manifest: Manifest, reverse: Loss | str, student: str) -> dict[str, Stated]:
+    selection = manifest.recipe.selection
     own = "--tail-log-probs" if selection.kind == "threshold" else "--select threshold:16 --tail-log-probs"
     headed, positions = means["agreement"].count, means["nll"].count
     where = "" if headed == positions else f", over the {headed:,} positions whose likeliest token was kept"
     sampled = "unbiased estimate"
-    bound = f"lower bound: {selection} and one cell for the rest"
+    bound, accepted = f"lower bound: {selection} and one cell for the rest", f"lower bound: over {selection} alone"
+    if ASSUMED in manifest.unknown:  # its entries are too large
+        bound = accepted = f"over {selection} alone, the tail assumed to be none"
     nll = means["nll"].value
     assert nll is not None
     return {
@@ -199,7 +203,7 @@ def _stated(means: dict[str, _Mean], recipe: Recipe, reverse: Loss | str, studen
             means["acceptance"].value,
             f"needs `logitstore build {own}`"
             if means["acceptance"].value is None
-            else (sampled if selection.unbiased else f"lower bound: over {selection} alone"),
+            else (sampled if selection.unbiased else accepted),
         ),
         "perplexity": Stated(perplexity(nll, student), "exact"),
     }
