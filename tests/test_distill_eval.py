@@ -1,6 +1,7 @@
 """`distill-eval`: figures from a store beside those of the live teacher, answers, and pages."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from distill_trainer.evaluate import evaluate
 from distill_trainer.pages import evaluation_page, run_page
 from distill_trainer.stored_evaluation import evaluate_stored
 from distill_trainer.two_prompts import read_both
+from logitstore.contract import Store
 from logitstore.errors import ConfigError, ModelError
 from logitstore.import_cache import ImportConfig, import_cache
 from logitstore.model import load_model
@@ -183,12 +185,11 @@ def test_a_run_is_measured_on_what_its_student_reads(world: World, tmp_path: Pat
     assert found["figures"]["kl"]["value"] == pytest.approx(wanted.kl, rel=1e-5)
 
 
-def test_no_figure_is_called_a_bound_where_the_tail_was_assumed_to_be_none(world: World, tmp_path: Path) -> None:
-    tokens, log_probs = distribution(80, 384)
-    cache = write_axolotl(tmp_path / "cache", [prepared(tokens, log_probs, 10, legacy=False)])
+def imported(world: World, tmp_path: Path, row: dict[str, Any]) -> tuple[Store, TokenSequence]:
+    """A store of an axolotl cache of one document, and that."""
     into = ImportConfig(
         format="axolotl",
-        source=cache,
+        source=write_axolotl(tmp_path / "cache", [row]),
         out=tmp_path / "s.zarr",
         teacher="T",
         tokenizer=str(world.student),
@@ -197,15 +198,36 @@ def test_no_figure_is_called_a_bound_where_the_tail_was_assumed_to_be_none(world
         quiet=True,
     )
     import_cache(into)
-    sequence = TokenSequence(tokens.astype(np.int32), np.ones(len(tokens) - 1, bool), "here", 0)
+    tokens = np.array(row["input_ids"], np.int32)
+    return open_store(into.out), TokenSequence(tokens, np.ones(len(tokens) - 1, bool), "here", 0)
+
+
+def test_no_figure_is_called_a_bound_where_the_tail_was_assumed_to_be_none(world: World, tmp_path: Path) -> None:
+    tokens, log_probs = distribution(80, 384)
+    store, sequence = imported(world, tmp_path, prepared(tokens, log_probs, 10, legacy=False))
     student = load_model(world.student)
-    figures = evaluate_stored(student, open_store(tmp_path / "s.zarr"), [sequence], quiet=True).figures
+    figures = evaluate_stored(student, store, [sequence], quiet=True).figures
     q = np.exp(log_softmax(np.array(student.model(mx.array(tokens[None, :-1]))[0], np.float64)))
     ids, values = top(log_probs[:-1], 10)
     q, p = np.take_along_axis(q, ids, axis=1), np.exp(values) / np.exp(values).sum(axis=1, keepdims=True)
     assert figures["kl"].value == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=0.02)
     for name in ("kl", "reverse_kl", "acceptance"):
         assert "bound" not in figures[name].what and "tail assumed to be none" in figures[name].what
+
+
+def test_the_five_likeliest_are_compared_where_there_are_five(world: World, tmp_path: Path) -> None:
+    tokens, log_probs = distribution(80, 384)
+    student = load_model(world.student)
+    ids = np.argsort(-np.array(student.model(mx.array(tokens[None, :-1]))[0]), axis=1)
+    row = prepared(tokens, log_probs, 10, legacy=False)
+    row["target_token_ids"][:40] = ids[:40, :2].tolist()  # the student's own, and no more
+    row["target_logprobs"][:40] = [[math.log(0.5)] * 2] * 40
+    store, sequence = imported(world, tmp_path, row)
+    found = evaluate_stored(student, store, [sequence], quiet=True)
+    theirs, _ = top(log_probs[40:-1], 5)
+    shares = [len(set(a) & set(b)) / 5 for a, b in zip(theirs.tolist(), ids[40:, :5].tolist(), strict=True)]
+    assert found.figures["top5_agreement"].value == pytest.approx(np.mean(shares), abs=0.02)
+    assert found.figures["top5_agreement"].what.endswith("over the 39 positions of which five were kept")
 
 
 def test_a_teachers_padding_beyond_the_student_is_left_out(world: World, tmp_path: Path) -> None:

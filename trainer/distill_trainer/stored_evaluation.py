@@ -145,8 +145,9 @@ def _heads(
         likeliest = own.ids[np.arange(len(own)), np.where(own.in_head, own.weights, -1).argmax(axis=1)]
         means["agreement"].add((np.array(log_q.argmax(axis=-1)) == likeliest)[headed].astype(np.float64))
     if kind == "top-k" and own.ids.shape[1] >= TOP:
+        five = own.head_count >= TOP  # an imported cache may hold fewer of some positions
         theirs = np.take_along_axis(own.ids, np.argsort(-own.weights, axis=1)[:, :TOP], axis=1)
-        means["top5_agreement"].add(np.array(common(mx.array(theirs), top(log_q))))
+        means["top5_agreement"].add(np.array(common(mx.array(theirs), top(log_q)))[five])
     with np.errstate(divide="ignore"):
         log_p = np.log(own.weights.astype(np.float64)) if own.log_probs is None else own.log_probs
     if not recipe.selection.unbiased or own.log_probs is not None:
@@ -171,8 +172,9 @@ def _reverse_kl(recipe: Recipe, where: str) -> Loss | str:
 def _stated(means: dict[str, _Mean], manifest: Manifest, reverse: Loss | str, student: str) -> dict[str, Stated]:
     selection = manifest.recipe.selection
     own = "--tail-log-probs" if selection.kind == "threshold" else "--select threshold:16 --tail-log-probs"
-    headed, positions = means["agreement"].count, means["nll"].count
+    headed, five, positions = (means[name].count for name in ("agreement", "top5_agreement", "nll"))
     where = "" if headed == positions else f", over the {headed:,} positions whose likeliest token was kept"
+    where_five = "" if five == positions else f", over the {five:,} positions of which five were kept"
     sampled = "unbiased estimate"
     bound, accepted = f"lower bound: {selection} and one cell for the rest", f"lower bound: over {selection} alone"
     if ASSUMED in manifest.unknown:  # its entries are too large
@@ -197,7 +199,7 @@ def _stated(means: dict[str, _Mean], manifest: Manifest, reverse: Loss | str, st
             means["top5_agreement"].value,
             f"needs `logitstore build --select top-k:{TOP}` or more"
             if means["top5_agreement"].value is None
-            else "exact to 1/16 nat",
+            else f"exact to 1/16 nat{where_five}",
         ),
         "acceptance": Stated(
             means["acceptance"].value,
