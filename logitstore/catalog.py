@@ -215,6 +215,14 @@ class Catalog:
                 return best
         return None
 
+    def alike(self, token_ids: npt.NDArray[np.integer]) -> list[tuple[Shard, int]]:
+        """Where the document lies, or else all that begin like it, which `locate` may read."""
+        view = self._view
+        number = self._number_of(view, document_key(token_ids))
+        hashes = [key_hash(document_key(token_ids[:end])) for end in block_ends(len(token_ids))]
+        begun = {n for value in hashes for n in find(self._block_tables(view), value, MOST_ORDERED)}
+        return [self._place(view, n) for n in (sorted(begun) if number is None else [number])]
+
     def _alike_in(self, view: _View) -> Alike:
         """What is known of documents that begin alike, as long as none gets another number."""
         of, alike = self._alike

@@ -40,7 +40,7 @@ def put_aside(path: Path, file: str, folder: str = "shards", name: str = "") -> 
 
 def put_shards_aside(path: Path, token_ids: npt.NDArray[np.integer]) -> list[str]:
     """Move what keeps a store from answering a document out of the way: shards that do not tell what they hold, and
-    damaged ones that hold it. The index is written again. Where the shards lie then.
+    damaged ones that hold it, or one that begins like it. The index is written again. Where the shards lie then.
 
     Raises:
         CorruptStoreError: the root or the vocabulary is damaged.
@@ -60,15 +60,27 @@ def put_shards_aside(path: Path, token_ids: npt.NDArray[np.integer]) -> list[str
             try:
                 store.answer(token_ids)
             except CorruptStoreError:
-                place = store.catalog.locate(token_ids)
-                if place is None:
+                names = _unreadable(store, token_ids)
+                if not names:
                     raise
-                moved.append(put_aside(path, f"shards/{place[0].name}"))
+                moved += [put_aside(path, f"shards/{name}") for name in names]
             else:
                 store.save_index()
                 return moved
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _unreadable(store: ZarrStore, token_ids: npt.NDArray[np.integer]) -> list[str]:
+    """The shards of which a document cannot be read that answers this one, or is held against it."""
+    names: dict[str, None] = {}
+    for shard, document in store.catalog.alike(token_ids):
+        try:
+            if shard.name not in names:
+                shard.document(document)
+        except CorruptStoreError:
+            names[shard.name] = None
+    return list(names)
 
 
 class Lost:

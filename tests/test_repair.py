@@ -6,6 +6,7 @@ from collections.abc import Callable
 from errno import EMFILE
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from logitstore import plan
@@ -132,6 +133,24 @@ def test_a_shard_damaged_twice_is_quarantined_twice(store: ZarrStore) -> None:
         repair(store.folder, Stub(), quiet=True)
     assert len(list((store.folder / "shards").glob(".quarantine-*"))) == 2
     assert held(store.folder) == found and good(store.folder)
+
+
+@pytest.mark.parametrize("each", [3, 40])
+def test_what_keeps_a_document_from_being_looked_up_that_only_begins_alike_is_put_aside(
+    tmp_path: Path, each: int
+) -> None:
+    made, system = manifest(), tokens(1, 40)
+    store = ZarrStore.create(tmp_path / "a.zarr", made, VOCABULARY)
+    for seed in range(3):
+        documents = [np.append(system, tokens(100 * seed + i + 2, 5)) for i in range(each)]
+        store.write_documents([answer(token_ids, made.recipe) for token_ids in documents])
+    damaged = [shard_folder(store, number).name for number in (0, 2)]
+    for name in damaged:
+        flip(store.folder / "shards" / name / "entries-0" / "c" / "0" / "0")
+    new = np.append(system, tokens(999, 5))
+    moved = put_shards_aside(store.folder, new)
+    assert sorted(moved) == [f"shards/.quarantine-{name}" for name in damaged]
+    assert open_store(store.folder).answered(new) >= 39 and len(open_store(store.folder)) == each
 
 
 def test_a_shard_of_another_store_is_put_aside_and_not_asked_for(store: ZarrStore, tmp_path: Path) -> None:
