@@ -337,16 +337,16 @@ class ZarrStore:
                 yield from ((f"{folder}/{name}".lstrip("/"), entry["bytes"]) for name, entry in files.items())
 
     def _looking(self, read: Callable[[], T]) -> T:
-        """Look documents up, once more where a shard was taken away meanwhile: `gc` leaves them in another."""
-        before = self.shard_names
-        try:
-            return read()
-        except CorruptStoreError:
-            if isinstance(self.files, LocalFiles):
-                self.refresh()
-            if set(before).issubset(self.shard_names):
-                raise
-            return read()
+        """Look documents up, again where a shard was taken away meanwhile: `gc` leaves them in another."""
+        while True:
+            before = self.shard_names
+            try:
+                return read()
+            except CorruptStoreError:
+                if isinstance(self.files, LocalFiles):
+                    self.refresh()
+                if set(before).issubset(self.shard_names):
+                    raise
 
     def _read(self, shard: Shard, document: int, count: int, temperature: float | None, replica: int) -> SparseTargets:
         recipe = self.manifest.recipe

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from logitstore.catalog import Catalog
 from logitstore.entries import shard_name
 from logitstore.files import Files
 from logitstore.gc import gc, remove_index
@@ -194,6 +195,24 @@ def test_two_at_a_time_leave_one_of_two_shards_that_say_the_same(
     gc(store.folder)
     other.join()
     assert held(store.folder) == found and verify(store.folder, quiet=True).problems == []
+
+
+def test_a_reader_finds_a_document_while_one_shard_after_another_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, documents = ZarrStore.create(tmp_path / "a.zarr", manifest(), VOCABULARY), records([40, 50, 60, 70])
+    for count in (1, 2, 3, 4):
+        made.write_documents(documents[:count])  # the first document lies in each
+    locate, there = Catalog.locate, sorted(made.shard_names)
+
+    def meanwhile(catalog: Catalog, token_ids: Any) -> Any:
+        if len(there) > 1:
+            shutil.rmtree(made.folder / "shards" / there.pop(0))
+        return locate(catalog, token_ids)
+
+    reader = open_store(made.folder)
+    monkeypatch.setattr(Catalog, "locate", meanwhile)
+    assert reader.get(documents[0].token_ids) is not None and len(there) == 1
 
 
 def test_what_its_writer_removes_meanwhile_is_passed_over(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
