@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from logitstore.entries import ShardEntry, unreadable
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError
-from logitstore.files import CannotList, Files, LocalFiles
+from logitstore.files import CannotList, Files, LocalFiles, ZipFiles
 from logitstore.index import (
     EMPTY,
+    MOST_ALIKE,
     MOST_ORDERED,
     Alike,
     Table,
@@ -83,6 +84,8 @@ class Catalog:
         self._view = _View(None, [], [0], np.empty((0, 2), np.int64), EMPTY, [])
         self._fresh_blocks = self._view, EMPTY
         self._alike = self._view, Alike()
+        near = isinstance(files, LocalFiles | ZipFiles)
+        self._most_alike = MOST_ORDERED if near else MOST_ALIKE  # of a place far away all of their shards are fetched
         self.refresh()
 
     @property
@@ -203,7 +206,7 @@ class Catalog:
             return *self._place(view, number), len(token_ids) - 1
         for end in reversed(block_ends(len(token_ids))):
             best, most = None, 0
-            numbers = find(self._block_tables(view), key_hash(document_key(token_ids[:end])), MOST_ORDERED)
+            numbers = find(self._block_tables(view), key_hash(document_key(token_ids[:end])), self._most_alike)
             for number in self._alike_in(view).nearest(numbers, token_ids, end, partial(self._tokens_of, view)):
                 shard, document = self._place(view, number)
                 common = common_length(shard.token_ids(document), token_ids)
@@ -220,7 +223,7 @@ class Catalog:
         view = self._view
         number = self._number_of(view, document_key(token_ids))
         hashes = [key_hash(document_key(token_ids[:end])) for end in block_ends(len(token_ids))]
-        begun = {n for value in hashes for n in find(self._block_tables(view), value, MOST_ORDERED)}
+        begun = {n for value in hashes for n in find(self._block_tables(view), value, self._most_alike)}
         return [self._place(view, n) for n in (sorted(begun) if number is None else [number])]
 
     def _alike_in(self, view: _View) -> Alike:

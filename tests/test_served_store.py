@@ -403,3 +403,22 @@ def test_what_is_taught_goes_into_the_file_that_is_there(store: ZarrStore, tmp_p
         create_store(path, near.manifest, near.vocabulary)
         near.taught([tokens(901, 20)])
         assert open_store(path).get(tokens(901, 20)) is not None
+
+
+def test_for_one_beginning_that_many_shards_share_few_are_fetched(tmp_path: Path) -> None:
+    made, recipe, rng = (
+        create_store(tmp_path / "s.zarr", manifest(), VOCABULARY),
+        manifest().recipe,
+        np.random.default_rng(5),
+    )
+    assert isinstance(made, ZarrStore)
+    system = tokens(70, 40)
+    for first in range(0, 100, 5):
+        made.write_documents(
+            [guessed(np.concatenate([system, tokens(200 + first + i, 45)]), recipe, rng) for i in range(5)]
+        )
+    made.save_index()
+    with serving(made.folder) as url, opened(f"{url}/s", tmp_path / "overlay") as store:
+        assert store.answered(np.concatenate([system, tokens(999, 9)])) >= 39
+        fetched = list((store.mirror.folder / "store" / "shards").glob("[!.]*/"))
+        assert 1 <= len(fetched) <= 13  # of 20
