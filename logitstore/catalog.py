@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from logitstore.alike import MOST_ORDERED, Alike
 from logitstore.entries import ShardEntry, unreadable
 from logitstore.errors import CorruptStoreError, IncompatibleStoreError, StoreFormatError
 from logitstore.files import CannotList, Files, LocalFiles, ZipFiles
 from logitstore.index import (
     EMPTY,
     MOST_ALIKE,
-    MOST_ORDERED,
-    Alike,
     Table,
     block_counts,
     block_ends,

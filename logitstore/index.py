@@ -5,8 +5,7 @@ touches a few pages of it however many documents there are, so a table may be a 
 the document found against all of it: a hash alone never decides what is read.
 """
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +18,7 @@ BLOCK_TOKENS = 256
 """A document is also found by the keys of its first 32, 128, 256, 512, 768, ... tokens."""
 
 MOST_ALIKE = 64
-"""Documents that begin alike are compared one by one where they are no more than this; more are put in order."""
-MOST_ORDERED = 1 << 16
-"""So many that begin alike are looked at, the first ones."""
+"""So many documents under one hash are compared one by one."""
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -68,8 +65,9 @@ class Table:
     def find(self, value: int, most: int = MOST_ALIKE) -> list[int]:
         """The documents under a hash, no more than `most`."""
         first = int(np.searchsorted(self.hashes, np.uint64(value)))
-        found = self.hashes[first : first + most]
-        return [int(self.documents[first + i]) for i in np.flatnonzero(found == np.uint64(value))]
+        same = self.hashes[first : first + most] == np.uint64(value)
+        found: list[int] = self.documents[first : first + most][same].tolist()
+        return found
 
 
 EMPTY = Table(np.empty(0, np.uint64), np.empty(0, np.uint32))
@@ -78,51 +76,6 @@ EMPTY = Table(np.empty(0, np.uint64), np.empty(0, np.uint32))
 def find(tables: Sequence[Table], value: int, most: int = MOST_ALIKE) -> list[int]:
     """The documents under a hash in several tables, in their order; of each table no more than `most`."""
     return [document for table in tables for document in table.find(value, most)]
-
-
-class Alike:
-    """Of the documents that begin alike those that may have most in common with another, however many they are.
-
-    Chats with one system prompt all begin alike. They are put in the order of their tokens when they are first asked
-    for: one of the two beside another document's place in that order has most in common with it.
-    """
-
-    def __init__(self) -> None:
-        self._orders: dict[int, tuple[list[int], list[int]]] = {}
-
-    def nearest(
-        self,
-        numbers: list[int],
-        token_ids: npt.NDArray[np.integer],
-        end: int,
-        read: Callable[[int], npt.NDArray[np.integer]],
-    ) -> list[int]:
-        """Those of `numbers` to compare a document with that has their first `end` tokens, and no more of a block.
-
-        Args:
-            read: the tokens of a document by its number; a number stands for one document as long as this lives.
-        """
-        if len(numbers) <= MOST_ALIKE:
-            return numbers
-        stop = next((other for other in FIRST_BLOCKS if other > end), end // BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS)
-
-        def rest(ids: npt.NDArray[np.integer]) -> bytes:
-            return ids[end:stop].astype(">u4").tobytes()
-
-        def key(number: int) -> bytes:
-            return rest(read(number))
-
-        beginning = key_hash(document_key(token_ids[:end]))
-        known, order = self._orders.get(beginning, ([], []))
-        if not known or numbers[: len(known)] != known:
-            order = sorted(numbers, key=key)
-        elif len(numbers) > len(known):
-            order = order.copy()
-            for number in numbers[len(known) :]:
-                insort(order, number, key=key)
-        self._orders[beginning] = numbers, order
-        at = bisect_left(order, rest(token_ids), key=key)
-        return sorted(order[max(at - 1, 0) : at + 1])
 
 
 def common_length(a: npt.NDArray[np.integer], b: npt.NDArray[np.integer]) -> int:

@@ -19,12 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from logitstore import streams
+from logitstore.alike import MOST_ORDERED, Alike
 from logitstore.chunks import pack, unpack
 from logitstore.codec import Codes
 from logitstore.durable import beginning, sync
 from logitstore.entries import root_attributes, root_of
 from logitstore.errors import CorruptStoreError, StoreNotFoundError
-from logitstore.index import MOST_ORDERED, Alike, block_ends, common_length, key_hash
+from logitstore.index import block_ends, common_length, key_hash
 from logitstore.key import document_key
 from logitstore.lmdb_file import LmdbFile, create_file
 from logitstore.lmdb_records import (
