@@ -1,8 +1,8 @@
 """Of the documents that begin alike, those that may have most in common with another, however many they are.
 
-Chats with one system prompt all begin alike. Where they are too many to be compared one by one they are put in the order
-of their tokens, once, when they are first asked for: one of the two beside another document's place in that order has
-most in common with it.
+Chats with one system prompt all begin alike. Where they are too many to be compared one by one they are put in the
+order of their tokens, once, when they are first asked for: one of the two beside another document's place in that order
+has most in common with it.
 """
 
 from bisect import bisect_left, insort
