@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from logitstore.index import BLOCK_TOKENS, FIRST_BLOCKS, MOST_ALIKE, key_hash
+from logitstore.index import BLOCK_TOKENS, MOST_ALIKE, block_ends, common_length, key_hash
 from logitstore.key import document_key
 
 MOST_ORDERED = 1 << 16
@@ -30,15 +30,34 @@ class Alike:
         token_ids: npt.NDArray[np.integer],
         end: int,
         read: Callable[[int], npt.NDArray[np.integer]],
-    ) -> list[int]:
-        """Those of `numbers` to compare a document with that has their first `end` tokens, and no more of a block.
+    ) -> tuple[int, int] | None:
+        """The first of those documents that has most tokens in common with this one, and how many these are.
+
+        None where none has the first `end` tokens, which is one of `block_ends`: a hash alone does not decide.
 
         Args:
+            numbers: that may have the first `end` tokens, and none more of `block_ends`.
             read: the tokens of a document by its number; a number stands for one document as long as this lives.
         """
-        if len(numbers) <= MOST_ALIKE:
-            return numbers
-        stop = next((other for other in FIRST_BLOCKS if other > end), end // BLOCK_TOKENS * BLOCK_TOKENS + BLOCK_TOKENS)
+        best, most = None, end - 1
+        few = numbers if len(numbers) <= MOST_ALIKE else self._beside(numbers, token_ids, end, read)
+        for number in few:
+            common = common_length(read(number), token_ids)
+            if common > most:
+                best, most = number, common
+            if most == len(token_ids):
+                break
+        return None if best is None else (best, most)
+
+    def _beside(
+        self,
+        numbers: list[int],
+        token_ids: npt.NDArray[np.integer],
+        end: int,
+        read: Callable[[int], npt.NDArray[np.integer]],
+    ) -> list[int]:
+        """The two between which a document would stand in the order of their tokens from `end` on."""
+        stop = next(other for other in block_ends(end + BLOCK_TOKENS) if other > end)
 
         def rest(ids: npt.NDArray[np.integer]) -> bytes:
             return ids[end:stop].astype(">u4").tobytes()

@@ -25,7 +25,7 @@ from logitstore.index import (
     Table,
     block_counts,
     block_ends,
-    common_length,
+    block_hashes,
     find,
     key_hash,
     key_hashes,
@@ -203,26 +203,20 @@ class Catalog:
         number = self._number_of(view, document_key(token_ids))
         if number is not None:
             return *self._place(view, number), len(token_ids) - 1
+        alike, read = self._alike_in(view), partial(self._tokens_of, view)
         for end in reversed(block_ends(len(token_ids))):
-            best, most = None, 0
             numbers = find(self._block_tables(view), key_hash(document_key(token_ids[:end])), self._most_alike)
-            for number in self._alike_in(view).nearest(numbers, token_ids, end, partial(self._tokens_of, view)):
-                shard, document = self._place(view, number)
-                common = common_length(shard.token_ids(document), token_ids)
-                if common > most:
-                    best, most = (shard, document, common - 1), common
-                if most == len(token_ids):
-                    break
-            if most >= end:
-                return best
+            nearest = alike.nearest(numbers, token_ids, end, read)
+            if nearest is not None:
+                return *self._place(view, nearest[0]), nearest[1] - 1
         return None
 
     def alike(self, token_ids: npt.NDArray[np.integer]) -> list[tuple[Shard, int]]:
         """Where the document lies, or else all that begin like it, which `locate` may read."""
         view = self._view
         number = self._number_of(view, document_key(token_ids))
-        hashes = [key_hash(document_key(token_ids[:end])) for end in block_ends(len(token_ids))]
-        begun = {n for value in hashes for n in find(self._block_tables(view), value, self._most_alike)}
+        tables = self._block_tables(view)
+        begun = {n for value in block_hashes(token_ids) for n in find(tables, value, self._most_alike)}
         return [self._place(view, n) for n in (sorted(begun) if number is None else [number])]
 
     def _alike_in(self, view: _View) -> Alike:

@@ -25,7 +25,7 @@ from logitstore.codec import Codes
 from logitstore.durable import beginning, sync
 from logitstore.entries import root_attributes, root_of
 from logitstore.errors import CorruptStoreError, StoreNotFoundError
-from logitstore.index import block_ends, common_length, key_hash
+from logitstore.index import block_ends, key_hash
 from logitstore.key import document_key
 from logitstore.lmdb_file import LmdbFile, create_file
 from logitstore.lmdb_records import (
@@ -268,17 +268,10 @@ class LmdbStore:
         if number is not None:
             return self._record(number), len(token_ids) - 1
         for end in reversed(block_ends(len(token_ids))):
-            best, most = None, 0
             numbers = self._beginning(key_hash(document_key(token_ids[:end])))
-            for number in self._alike.nearest(numbers, token_ids, end, lambda n: self._tokens(self._record(n))):
-                found = self._record(number)
-                common = common_length(self._tokens(found), token_ids)
-                if common > most:
-                    best, most = (found, common - 1), common
-                if most == len(token_ids):
-                    break
-            if most >= end:
-                return best
+            nearest = self._alike.nearest(numbers, token_ids, end, lambda n: self._tokens(self._record(n)))
+            if nearest is not None:
+                return self._record(nearest[0]), nearest[1] - 1
         return None
 
     def _beginning(self, value: int) -> list[int]:
