@@ -13,7 +13,8 @@ import mlx.core as mx
 
 VARIABLE = "DISTILL_KERNELS"
 SIMD = 32
-MOST_THREADS = 1024
+MOST_THREADS = 512
+"""Of a threadgroup. Metal allows 1,024, but fewer to a kernel that needs many registers, and MLX then raises."""
 PER_THREAD = 4
 """Neighbouring logits that a thread takes at a time."""
 
