@@ -8,6 +8,7 @@ from distill_kernels import (
     BucketLoss,
     HingeRank,
     LogitsLoss,
+    ReverseKL,
     SampledLoss,
     SoftCE,
     SparseKL,
@@ -23,7 +24,8 @@ from distill_trainer.losses import LIVE, NAMES, Term, loss_of
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import SUMMED, Recipe
 from logitstore.selection import Selection
-from tests.loss_cases import on_mlx, problem
+from tests import oracle
+from tests.loss_cases import on_mlx, problem, run
 from tests.runs import World, make_world
 
 
@@ -101,6 +103,19 @@ def test_a_store_serves_what_its_manifest_says_and_refuses_the_rest_with_the_fla
                 IncompatibleStoreError, match=f"s.zarr cannot serve --loss {name}: .*`logitstore build --"
             ):
                 loss_of([name], kept, 2.0, "s.zarr")
+
+
+def test_a_truncated_teacher_that_is_nearly_certain_teaches_by_reverse_kl() -> None:
+    """Its tail of 1e-9 is kept as none, which the student's would be held against as infinitely too much."""
+    z, ids, _, _, labels = problem(2, 100, 5, 1.0)
+    p = np.array([[1 - 1e-9, 0, 0, 0, 0], [0.9, 0.1, 0, 0, 0]])
+    kept = recipe("top-k:5")
+    wanted = oracle.bucket(ReverseKL(), z, ids, p, np.full(2, -254 / 16), labels, 1.0)
+    for terms in (["reverse-kl"], ["reverse-kl", "kl=1e-9"]):
+        loss = loss_of(terms, kept, 1.0, "s.zarr")
+        kd, _, dz = run(loss, z, (ids, p, np.full(2, -np.inf), labels), np.array([np.ones(2), np.zeros(2)]))
+        np.testing.assert_allclose(kd, wanted.kd, rtol=2e-5)
+        np.testing.assert_allclose(dz, wanted.d_kd, rtol=2e-5, atol=2e-6)
 
 
 def test_several_losses_are_their_weighted_sum_and_one_cross_entropy() -> None:

@@ -4,15 +4,16 @@ For biased selections (top-k, top-p). The bucket makes the student pay for mass 
 an exact student nothing: renormalising inside the kept set does neither.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Unpack
 
-from distill_kernels.divergence import Divergence, ForwardKL
+from distill_kernels.divergence import Divergence, ForwardKL, ReverseKL
 from distill_kernels.logits_loss import LogitsLoss, LogitsOptions
-from distill_kernels.row_loss import Arrays
+from distill_kernels.row_loss import Arrays, RowLoss
 from distill_kernels.row_ops import add_at_ids, at_ids, check_sparse, counted, cross_entropy, in_vocabulary, log_sum_exp
-from distill_kernels.tier import Tier, kd_and_ce
+from distill_kernels.tier import Tier, kd_and_ce, on_tier
 
 import mlx.core as mx
 
@@ -99,6 +100,38 @@ class BucketKL(BucketLoss):
     """`bucket_kl_ce` as a `RowLoss`: the forward KL, whatever else is set."""
 
     divergence: Divergence = field(default=ForwardKL(), init=False, repr=False)
+
+
+@dataclass(frozen=True)
+class FlooredReverseKL(BucketLoss):
+    """`BucketLoss` of the reverse KL to a tail of max(p_T, least), over the same rows.
+
+    For targets that round a small tail to none: with p_T = 0 the reverse KL is infinite wherever the student gives the
+    tail anything, though its teacher excludes nothing.
+
+    Attributes:
+        least: above 0; the least probability of a tail that the targets know.
+    """
+
+    divergence: Divergence = field(default=ReverseKL(), init=False, repr=False)
+    least: float = field(kw_only=True)
+
+    def forward(self, logits: mx.array, *rows: mx.array) -> tuple[Arrays, Arrays]:
+        """See `RowLoss.forward`: saved is what the bucket loss saves on its tier."""
+        return self._bucket.forward(logits, *self._floored(rows))
+
+    def backward(self, logits: mx.array, *rows: mx.array, saved: Arrays, cotangents: Arrays) -> mx.array:
+        """See `RowLoss.backward`."""
+        return self._bucket.backward(logits, *self._floored(rows), saved=saved, cotangents=cotangents)
+
+    @property
+    def _bucket(self) -> RowLoss:
+        options = self.temperature, self.scale, self.softcap, self.vocab_size
+        return on_tier(BucketLoss(*options, divergence=self.divergence))
+
+    def _floored(self, rows: Arrays) -> Arrays:
+        ids, weights, log_tail, *others = rows
+        return (ids, weights, mx.maximum(log_tail.astype(mx.float32), math.log(self.least)), *others)
 
 
 def bucket_loss_ce(

@@ -28,12 +28,14 @@ from distill_kernels import (
     TaidLoss,
     WeightedLoss,
 )
+from distill_kernels.bucket import FlooredReverseKL
 from distill_kernels.divergence import Divergence
 from distill_kernels.merged import MergedLoss
 from distill_kernels.sorted_l1 import SortedL1
 
 from distill_trainer.spans import OfSpans
 from distill_trainer.taid import START
+from logitstore.codec import PROBS, SMALLEST
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import Recipe
 
@@ -122,6 +124,8 @@ class Term:
                 raise _lacking(self.name, where, f"{selection} keeps a part of the mass", "--select threshold:16")
             return SoftCE(temperature)
         divergence = _DIVERGENCES[self.name](*self.own)
+        if not selection.unbiased and self.name == "reverse-kl":
+            return FlooredReverseKL(temperature, least=PROBS[SMALLEST])  # less is kept as none
         if not selection.unbiased:
             return BucketLoss(temperature, divergence=divergence)
         if self.name == "kl":
