@@ -61,6 +61,8 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, typo: str, m
         ("fine_tune_type: half", r"fine_tune_type is half; type --fine-tune-type lora\|"),
         ("- alpha", "holds list, expected keys and values"),
         ("alpha: [", "cannot be read"),
+        ("alpha: 0.5\nalpha: 0.7", "the key 'alpha' is there twice"),
+        ("optimizer_config: {adam: {eps: 1}, adam: {eps: 2}}", "the key 'adam' is there twice"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str, expected: str) -> None:

@@ -23,10 +23,10 @@ def read_config(path: Path, say: Callable[[str], object] = lambda _: None) -> di
         say: takes a line that names mlx-lm's keys without a place here.
 
     Raises:
-        ConfigError: it cannot be read, or has a key that no option has, naming the nearest.
+        ConfigError: it cannot be read, has a key twice, or one that no option has, naming the nearest.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"config {path} cannot be read: {reason}; expected YAML such as `alpha: 0.9`") from error
@@ -39,6 +39,22 @@ def read_config(path: Path, say: Callable[[str], object] = lambda _: None) -> di
             nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0)
             raise ConfigError(f"config {path} has the key {key!r}, which is not known; did you mean {nearest[0]!r}?")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own loader silently takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
 
 
 def config_of(values: Mapping[str, Any]) -> TrainConfig:
