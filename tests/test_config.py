@@ -63,6 +63,9 @@ def test_an_unknown_key_names_the_nearest_known_one(tmp_path: Path, typo: str, m
         ("alpha: [", "cannot be read"),
         ("alpha: 0.5\nalpha: 0.7", "the key 'alpha' is there twice"),
         ("optimizer_config: {adam: {eps: 1}, adam: {eps: 2}}", "the key 'adam' is there twice"),
+        ("lora_parameters: {rank: true, scale: 1, dropout: 0}", "expected rank, scale and dropout"),
+        ("lora_parameters: {rank: 8, scale: true, dropout: 0}", "expected rank, scale and dropout"),
+        ("lora_parameters: {rank: 4294967296, scale: 1, dropout: 0}", "expected rank, scale and dropout"),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str, expected: str) -> None:
@@ -82,6 +85,9 @@ def test_a_value_of_the_wrong_kind_is_told_in_one_line(tmp_path: Path, line: str
         ({"learning_rate": math.inf}, "--learning-rate"),
         ({"learning_rate": math.nan}, "--learning-rate"),
         ({"iters": -1}, "--iters"),
+        ({"iters": 10**20}, "--iters"),
+        ({"save_every": 10**20}, "--save-every"),
+        ({"grad_accumulation_steps": 10**20}, "--grad-accumulation-steps"),
         ({"batch_size": 0}, "--batch-size"),
         ({"max_seq_length": 1}, "--max-seq-length"),
         ({"num_layers": 0}, "--num-layers"),

@@ -32,6 +32,8 @@ OR_ALL = (("val_batches", 25), ("num_layers", 16))
 """Numbers of at least 1 where -1 stands for all."""
 READ_AND_PREDICT = (("max_seq_length", 2048), ("max_teacher_length", 512))
 """Lengths in tokens, which hold one to read and one to predict."""
+MOST = (1 << 31) - 1
+"""No whole number but the seed is larger."""
 
 LORA_KEYS = ("rank", "scale", "dropout", "keys")
 
@@ -161,6 +163,12 @@ def check_numbers(config: "TrainConfig") -> None:
             f"{name} is {value}, expected at least 2: one token to read and one to predict; "
             f"type {flag_of(name)} {usual}",
         )
+    for name, *_, usual in (*AT_LEAST, *OR_ALL, *READ_AND_PREDICT):
+        value = getattr(config, name)
+        require(
+            value is None or value <= MOST,
+            f"{name} is {value}, expected at most {MOST}; type {flag_of(name)} {usual}",
+        )
     require(0 <= config.seed < 1 << 64, f"seed is {config.seed}, expected 0 to 2^64 - 1; type --seed 0")
     require(
         0 < config.learning_rate < math.inf,
@@ -205,8 +213,10 @@ def check_adapter(config: "TrainConfig") -> None:
     rank, scale, dropout = (config.lora_parameters.get(name) for name in ("rank", "scale", "dropout"))
     require(
         isinstance(rank, int)
-        and rank >= 1
+        and not isinstance(rank, bool)
+        and 1 <= rank <= MOST
         and isinstance(scale, int | float)
+        and not isinstance(scale, bool)
         and math.isfinite(scale)
         and isinstance(dropout, int | float)
         and 0 <= dropout < 1,
