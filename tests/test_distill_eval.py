@@ -66,6 +66,7 @@ def test_a_sample_gives_what_it_can_without_bias_and_says_what_it_lacks(world: W
         assert full[name].what.startswith("unbiased") and full[name].value == pytest.approx(
             live[name].value, rel=within
         )
+    assert "tokens that the teacher gives 1.3e-07 or more" in full["reverse_kl"].what  # no lower log-prob is kept
     plain = held(world, store=str(world.store)).figures
     assert plain["acceptance"].value is None and "--tail-log-probs" in plain["acceptance"].what
     assert plain["reverse_kl"].value is None and "build --tail-log-probs`: a sample" in plain["reverse_kl"].what

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.comparison import BINS, TOP, calibration, common, log_softmax, perplexity, top
 from distill_trainer.losses import Loss, loss_of
+from logitstore.codec import PROBS, SMALLEST
 from logitstore.contract import Store
 from logitstore.errors import DatasetError, IncompatibleStoreError
 from logitstore.forward import logit_rows
@@ -27,6 +28,10 @@ from logitstore.model import LoadedModel
 from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
 from logitstore.targets import SparseTargets
+
+FLOOR = f"{PROBS[SMALLEST]:.1e}"
+"""The least probability that a sampled entry is kept with: where the student gives much to rarer tokens, a reverse KL
+from their kept log-probs is too small."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _stated(means: dict[str, _Mean], manifest: Manifest, reverse: Loss | str, st
             means["reverse_kl"].value,
             f"needs `logitstore build {own}`: {reverse}"
             if isinstance(reverse, str)
-            else (sampled if selection.unbiased else bound),
+            else (f"{sampled} over tokens that the teacher gives {FLOOR} or more" if selection.unbiased else bound),
         ),
         "agreement": Stated(
             means["agreement"].value,
