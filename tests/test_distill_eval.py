@@ -73,6 +73,24 @@ def test_a_sample_gives_what_it_can_without_bias_and_says_what_it_lacks(world: W
     assert plain["top5_agreement"].value is None and "top-k:5" in plain["top5_agreement"].what
 
 
+@pytest.mark.parametrize("times", [20, 20_000])
+def test_tokens_that_a_nearly_certain_teacher_keeps_no_probability_of_are_not_its_five_likeliest(
+    world: World, tmp_path: Path, times: int
+) -> None:
+    sure = save_tiny_model(tmp_path / "sure", seed=1)
+    weights = dict(mx.load(str(sure / "model.safetensors")))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * times
+    mx.eval(weights)
+    mx.save_safetensors(str(sure / "model.safetensors"), weights, metadata={"format": "mlx"})
+    world.build(tmp_path / "s.zarr", teacher=str(sure), select="top-k:50")
+    of_itself = EvalConfig(str(sure), str(world.data), quiet=True, store=str(tmp_path / "s.zarr"))
+    five = distill_eval(of_itself).figures["top5_agreement"]
+    if times == 20:
+        assert five.value is not None and five.value > 0.95 and "positions of which five were kept" in five.what
+    else:
+        assert five.value is None and five.what == "top-k:50 has five tokens of no position"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "expected"),
     [([], [], 1.0), ([1, 2, 3], [], 0.0), ([1, 2, 3, 4], [1, 3, 4, 9], 0.75), ([1, 2], [2, 1, 2, 5], 4 / 6)],

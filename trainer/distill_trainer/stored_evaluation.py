@@ -150,7 +150,7 @@ def _heads(
         likeliest = own.ids[np.arange(len(own)), np.where(own.in_head, own.weights, -1).argmax(axis=1)]
         means["agreement"].add((np.array(log_q.argmax(axis=-1)) == likeliest)[headed].astype(np.float64))
     if kind == "top-k" and own.ids.shape[1] >= TOP:
-        five = own.head_count >= TOP  # an imported cache may hold fewer of some positions
+        five = (own.weights > 0).sum(axis=1) >= TOP  # of fewer in an imported cache, and of the rarest, none is told
         theirs = np.take_along_axis(own.ids, np.argsort(-own.weights, axis=1)[:, :TOP], axis=1)
         means["top5_agreement"].add(np.array(common(mx.array(theirs), top(log_q)))[five])
     with np.errstate(divide="ignore"):
@@ -202,9 +202,11 @@ def _stated(means: dict[str, _Mean], manifest: Manifest, reverse: Loss | str, st
         ),
         "top5_agreement": Stated(
             means["top5_agreement"].value,
-            f"needs `logitstore build --select top-k:{TOP}` or more"
-            if means["top5_agreement"].value is None
-            else f"exact to 1/16 nat{where_five}",
+            f"exact to 1/16 nat{where_five}"
+            if five
+            else f"{selection} has five tokens of no position"
+            if selection.kind == "top-k" and selection.k >= TOP
+            else f"needs `logitstore build --select top-k:{TOP}` or more",
         ),
         "acceptance": Stated(
             means["acceptance"].value,
