@@ -5,6 +5,7 @@ What is being written has a name that begins with a dot, which the next to write
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,6 +17,7 @@ from logitstore.catalog import Catalog
 from logitstore.codec import from_record, head_mask
 from logitstore.durable import alone_in, cannot_write, publish, replace_folder, sync
 from logitstore.entries import root_attributes, shard_name
+from logitstore.errors import CorruptStoreError
 from logitstore.index import block_hashes
 from logitstore.key import KEY_BYTES
 from logitstore.manifest import Manifest
@@ -143,6 +145,8 @@ def write_index(store: Path, catalog: Catalog) -> None:
 
     def is_whole() -> bool:
         catalog.refresh()  # after the wait: another may have finished shards
+        with suppress(CorruptStoreError):  # a damaged one is replaced
+            catalog.forget_index()  # it may have been written of all meanwhile
         return not catalog.names or (catalog.index is not None and catalog.index.shards == sorted(catalog.names))
 
     if replace_folder(store / FOLDER, is_whole, lambda folder: catalog.write_index(folder, sorted(catalog.names))):

@@ -264,6 +264,16 @@ def test_an_open_reader_goes_on_while_the_index_is_replaced(store: ZarrStore) ->
     assert reader.answered(more[0].token_ids[:300]) == 299
 
 
+def test_an_index_that_another_has_written_of_all_shards_stays(store: ZarrStore) -> None:
+    store.save_index()
+    both = [open_store(store.folder) for _ in range(2)]
+    store.write_documents(records([400], seed=8))
+    both[0].save_index()
+    written = (store.folder / FOLDER).stat().st_ino
+    both[1].save_index()  # who reads it meanwhile would find it gone, and then the same again
+    assert (store.folder / FOLDER).stat().st_ino == written
+
+
 def test_a_look_at_a_damaged_shard_fails_each_time_and_leaves_what_was_known(store: ZarrStore) -> None:
     reader, before = open_store(store.folder), store.shard_names
     for seed in range(10, 14):  # names before and after those that are there
