@@ -8,7 +8,7 @@ What a running writer holds is known by its lock, and left alone. Never removed:
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -127,12 +127,11 @@ def _repeated(store: ZarrStore, folder: Path, take: Take, *, dry_run: bool) -> N
         holders = {name: _holders(store, name) for name in store.shard_names}
         damaged = {name for name in set().union(*holders.values()) if _is_damaged(store, name)}
         goes = [name for name, others in holders.items() if others and not others & damaged]
-        if goes and not dry_run:
-            remove_index(folder)
         mend = f"what else holds its documents is damaged; type `logitstore verify --repair {folder}`"
-        for name in (name for name, others in holders.items() if others):
-            why_not = partial(str, "" if name in goes else mend)
-            take(folder / "shards" / name, "all of its documents are in other shards too", keep=why_not)
+        with without_index(folder) if goes and not dry_run else nullcontext():
+            for name in (name for name, others in holders.items() if others):
+                why_not = partial(str, "" if name in goes else mend)
+                take(folder / "shards" / name, "all of its documents are in other shards too", keep=why_not)
         if goes and not dry_run:
             store = ZarrStore(store.files, folder)
             store.save_index()
@@ -176,12 +175,20 @@ def _beside(path: Path, take: Take) -> None:
 
 def remove_index(folder: Path) -> None:
     """Take a store's index away; it is then read shard by shard until an index is written again."""
+    with without_index(folder):
+        pass
+
+
+@contextmanager
+def without_index(folder: Path) -> Iterator[None]:
+    """The same; and nobody writes one within this block, which would name shards that are taken away there."""
     old = folder / ".partial-removed-index"
     with alone_in(folder):
         shutil.rmtree(old, ignore_errors=True)
         with suppress(FileNotFoundError):
             (folder / FOLDER).rename(old)
         shutil.rmtree(old, ignore_errors=True)
+        yield
 
 
 def _why_pending(journal: Path, store: Store) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 from threading import Thread
@@ -13,12 +14,14 @@ import pytest
 from logitstore.catalog import Catalog
 from logitstore.entries import shard_name
 from logitstore.files import Files
-from logitstore.gc import gc, remove_index
+from logitstore.gc import _remove as gc_remove
+from logitstore.gc import gc, remove_index, without_index
 from logitstore.journal import ShardWriter
 from logitstore.merge import convert
 from logitstore.recipe import DocumentRecord
 from logitstore.repair import repair
 from logitstore.replaced import replaced
+from logitstore.sealed import Problem
 from logitstore.shard import Shard
 from logitstore.store import create_store, open_store
 from logitstore.verify import verify
@@ -182,19 +185,39 @@ def test_two_at_a_time_leave_one_of_two_shards_that_say_the_same(
     store: ZarrStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repeated(store, 1)
-    found, remove = held(store.folder), remove_index
+    found, without = held(store.folder), without_index
     other = Thread(target=gc, args=(store.folder,))
 
-    def meanwhile(folder: Path) -> None:
-        remove(folder)
-        if other.ident is None:
-            other.start()
-            other.join(1)  # without an index it numbers the shards in another order
+    @contextmanager
+    def meanwhile(folder: Path) -> Iterator[None]:
+        with without(folder):
+            if other.ident is None:
+                other.start()
+                other.join(1)  # without an index it numbers the shards in another order
+            yield
 
-    monkeypatch.setattr("logitstore.gc.remove_index", meanwhile)
+    monkeypatch.setattr("logitstore.gc.without_index", meanwhile)
     gc(store.folder)
     other.join()
     assert held(store.folder) == found and verify(store.folder, quiet=True).problems == []
+
+
+def test_no_index_is_written_that_names_a_shard_that_gc_takes_away(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated(store, 1)
+    writer, problems = Thread(target=open_store(store.folder).save_index), list[Problem]()
+
+    def meanwhile(path: Path) -> None:
+        writer.start()
+        writer.join(1)
+        gc_remove(path)
+        problems.extend(verify(store.folder, quiet=True).problems)
+
+    monkeypatch.setattr("logitstore.gc._remove", meanwhile)
+    assert len(gc(store.folder).removed) == 1
+    writer.join()
+    assert problems == [] == verify(store.folder, quiet=True).problems
 
 
 def test_a_reader_finds_a_document_while_one_shard_after_another_goes(
