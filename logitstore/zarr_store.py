@@ -125,7 +125,7 @@ class ZarrStore:
     @property
     def positions(self) -> int:
         """How many positions the store holds."""
-        return self.catalog.positions
+        return self._looking(lambda: self.catalog.positions)
 
     @property
     def disk_bytes(self) -> int:

@@ -220,6 +220,14 @@ def test_no_index_is_written_that_names_a_shard_that_gc_takes_away(
     assert problems == [] == verify(store.folder, quiet=True).problems
 
 
+def test_a_reader_counts_positions_also_where_a_repeated_shard_has_gone(store: ZarrStore) -> None:
+    repeated(store, 1)
+    store.save_index()
+    reader, positions = open_store(store.folder), store.positions
+    assert len(gc(store.folder).removed) == 1
+    assert reader.positions == positions
+
+
 def test_a_reader_finds_a_document_while_one_shard_after_another_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
