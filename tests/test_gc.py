@@ -228,6 +228,26 @@ def test_a_reader_counts_positions_also_where_a_repeated_shard_has_gone(store: Z
     assert reader.positions == positions
 
 
+def test_a_reader_finds_a_document_whose_shard_came_and_went_within_one_look(
+    store: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_index(store.folder)
+    reader, other, locate, there = open_store(store.folder), open_store(store.folder), Catalog.locate, set[str]()
+    asked = store.record(3).token_ids
+
+    def meanwhile(catalog: Catalog, token_ids: Any) -> Any:
+        if catalog is reader.catalog and not there:
+            there.update(store.shard_names)
+            repeated(other, 1)
+            reader.refresh()  # as another thread does
+            (again,) = set(other.shard_names) - there
+            shutil.rmtree(store.folder / "shards" / again)
+        return locate(catalog, token_ids)
+
+    monkeypatch.setattr(Catalog, "locate", meanwhile)
+    assert reader.get(asked) is not None and there
+
+
 def test_a_reader_finds_a_document_while_one_shard_after_another_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
