@@ -1,6 +1,6 @@
 """The live teacher against what a store holds: the fidelity that a build keeps, and `logitstore verify --live`."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,22 +37,25 @@ def keep_fidelity(store: Store, teacher: Teacher, *, quiet: bool = False) -> Non
     for number in order.tolist():
         if room <= 0:
             break
-        length = min(len(store.token_ids(number)) - 1, DOCUMENT_POSITIONS)
-        chosen.append((number, length))
+        token_ids = store.token_ids(number)
+        length = min(len(token_ids) - 1, DOCUMENT_POSITIONS)
+        chosen.append((token_ids, length))
         room -= length
     fidelity = measure(store, teacher, chosen, quiet=quiet)
     rounded = {name: _rounded(value) for name, value in fidelity.to_json().items()}
     store.save_fidelity(rounded | {"documents": documents})
 
 
-def measure(store: Store, teacher: Teacher, chosen: Iterable[tuple[int, int]], *, quiet: bool = False) -> Fidelity:
-    """How far documents lie from the live teacher, each as (number in the store, leading positions)."""
+def measure(
+    store: Store, teacher: Teacher, chosen: Sequence[tuple[npt.NDArray[np.int32], int]], *, quiet: bool = False
+) -> Fidelity:
+    """How far documents lie from the live teacher, each as (token ids, leading positions)."""
     temperature = store.manifest.recipe.temperatures[0]
     meter = FidelityMeter(teacher.vocab_size, temperature)
-    chosen = list(chosen)
     with tqdm(total=sum(n for _, n in chosen), unit="tok", desc="fidelity", delay=2, leave=False, disable=quiet) as bar:
-        for number, positions in chosen:
-            token_ids, targets = store.document(number)
+        for token_ids, positions in chosen:
+            targets = store.get(token_ids)  # by what it says: `gc` may take the shard away that it was numbered in
+            assert targets is not None, "no document goes"
             first = 0
             for rows in teacher.logits(token_ids[: positions + 1]):
                 meter.add(rows, targets.rows(slice(first, first + len(rows))))
