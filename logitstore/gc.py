@@ -95,9 +95,10 @@ Take = Callable[..., None]
 
 def _folder(store: ZarrStore, folder: Path, take: Take) -> None:
     """What writers have left inside a store's folder."""
-    for left in sorted((folder / "shards").glob(".partial-*")):
-        writer = left.name.removeprefix(".partial-")
-        take(left, "a shard that a killed writer had not finished", folder / f".journal-{writer}")
+    with alone_in(folder / "shards"):  # so none is being removed by another `gc`
+        for left in sorted((folder / "shards").glob(".partial-*")):
+            writer = left.name.removeprefix(".partial-")
+            take(left, "a shard that a killed writer had not finished", folder / f".journal-{writer}")
     for quarantined in sorted((folder / "shards").glob(f"{QUARANTINE}*")):
         take(quarantined, "", keep=lambda: "a damaged shard, quarantined; delete it by hand when it is not needed")
     for journal in journals(folder):

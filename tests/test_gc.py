@@ -14,8 +14,8 @@ import pytest
 from logitstore.catalog import Catalog
 from logitstore.entries import shard_name
 from logitstore.files import Files
+from logitstore.gc import GcReport, gc, remove_index, without_index
 from logitstore.gc import _remove as gc_remove
-from logitstore.gc import gc, remove_index, without_index
 from logitstore.journal import ShardWriter
 from logitstore.merge import convert
 from logitstore.recipe import DocumentRecord
@@ -200,6 +200,22 @@ def test_two_at_a_time_leave_one_of_two_shards_that_say_the_same(
     gc(store.folder)
     other.join()
     assert held(store.folder) == found and verify(store.folder, quiet=True).problems == []
+
+
+def test_two_at_a_time_do_not_remove_the_same_shard(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    repeated(store, 1)
+    remove, other, reports = shutil.rmtree, Thread(target=lambda: reports.append(gc(store.folder))), list[GcReport]()
+
+    def meanwhile(path: Path, **options: Any) -> None:
+        if path.name.startswith(".partial-removed-") and path.parent.name == "shards" and other.ident is None:
+            other.start()
+            other.join(1)
+        remove(path, **options)
+
+    monkeypatch.setattr("logitstore.gc.shutil.rmtree", meanwhile)
+    reports.append(gc(store.folder))
+    other.join()
+    assert sorted(len(report.removed) for report in reports) == [0, 1]
 
 
 def test_no_index_is_written_that_names_a_shard_that_gc_takes_away(
