@@ -24,6 +24,14 @@ TODAY = datetime(2024, 7, 26)
 """What a chat template that asks for the date is told (Llama 3.2, SmolLM3, gpt-oss): with the true one, a document had
 other tokens tomorrow, and a store none of its targets. It is the day that Llama 3's template names without a clock."""
 _ASKS_THE_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_THOUGHT_MARKS = (
+    ("<think>", "</think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<|think:start|>", "<|think:end|>"),
+    ("<|channel>", "<channel|>"),
+    ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"),
+)
+"""The tokens around thoughts that mlx-lm knows; it tells a chat template to think where the vocabulary has them."""
 _OPENS_A_THOUGHT = re.compile(r"<think>\s*\Z")
 """How some generation prompts end (DeepSeek-R1, QwQ, Qwen3-Thinking); a turn without thoughts begins before that."""
 
@@ -278,6 +286,14 @@ def _undated(tokenizer: Any, tools: Any) -> dict[str, str]:
     return {"chat_template": _ASKS_THE_DATE.sub(lambda asks: asks[1] + TODAY.strftime(asks[2]) + asks[1], template)}
 
 
+def _thinks(tokenizer: Any) -> dict[str, bool]:
+    """What mlx-lm tells every chat template beside the messages; nothing where its wrapper will say so itself."""
+    if hasattr(tokenizer, "has_thinking"):
+        return {}
+    number = tokenizer.backend_tokenizer.token_to_id
+    return {"enable_thinking": any(all(number(mark) is not None for mark in marks) for marks in _THOUGHT_MARKS)}
+
+
 def _encode_chat(
     messages: Sequence[Mapping[str, Any]], tools: Any, tokenizer: Any, where: str
 ) -> tuple[list[int], npt.NDArray[np.bool_]]:
@@ -289,7 +305,7 @@ def _encode_chat(
 
     def render(turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
         try:
-            options |= _undated(tokenizer, tools)
+            options |= _undated(tokenizer, tools) | told
             return str(tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options))
         except Exception as error:  # a template is a program of its own and may raise anything
             raise DatasetError(
@@ -301,6 +317,7 @@ def _encode_chat(
         raise ModelError(
             f"{type(fast).__name__} gives no character offsets; expected a tokenizer with a tokenizer.json"
         )
+    told = _thinks(tokenizer)
     whole = render(messages)
     encoding = fast(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)

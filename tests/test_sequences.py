@@ -115,6 +115,29 @@ def test_mlx_lm_masks_the_same_last_turn() -> None:
     assert np.flatnonzero(sequence.trained).tolist() == list(range(offset - 1, len(sequence.token_ids) - 1))
 
 
+@pytest.mark.parametrize(
+    "marks",
+    [
+        (),
+        ("<think>", "</think>"),
+        ("<longcat_think>", "</longcat_think>"),
+        ("<|think:start|>", "<|think:end|>"),
+        ("<|channel>", "<channel|>"),
+        ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"),
+        ("<think>",),
+    ],
+)
+def test_a_template_is_told_to_think_as_mlx_lm_tells_it(marks: tuple[str, ...]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(marks))
+    said = "{{ 'undefined' if enable_thinking is not defined else 'think' if enable_thinking else 'no' }}"
+    tokenizer.chat_template = said + tokenizer.chat_template
+    row = {"messages": [user("Why?"), assistant("Because.")]}
+    theirs, _ = ChatDataset([row], TokenizerWrapper(tokenizer)).process(row)
+    assert one(row, tokenizer).token_ids.tolist() == theirs
+    assert one(row, TokenizerWrapper(tokenizer)).token_ids.tolist() == theirs
+
+
 def test_a_wrapped_tokenizer_gives_the_same_as_a_bare_one() -> None:
     bare, wrapped = tiny_tokenizer(), TokenizerWrapper(tiny_tokenizer())
     for row in ({"text": "Once."}, {"prompt": "2+2=", "completion": "4"}, {"messages": CONVERSATIONS[1]}):
