@@ -323,7 +323,7 @@ def _encode_chat(
     ids, offsets = encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
     starts, ends = offsets.T
     learned = np.zeros(len(ends), np.bool_)
-    for start, end in _assistant_spans(messages, whole, render, where):
+    for start, end in _assistant_spans(messages, whole, render, tokenizer.eos_token or "", where):
         learned |= (ends > start) & (ends <= end)
         for number in np.flatnonzero((starts < start) & (ends > start)):
             added = fast.added_tokens_decoder.get(ids[number])
@@ -332,9 +332,12 @@ def _encode_chat(
 
 
 def _assistant_spans(
-    messages: Sequence[Mapping[str, Any]], whole: str, render: Callable[..., str], where: str
+    messages: Sequence[Mapping[str, Any]], whole: str, render: Callable[..., str], eos: str, where: str
 ) -> Iterator[tuple[int, int]]:
-    """[start, end) in `whole` of every assistant turn: after the generation prompt, to the end of what closes it."""
+    """[start, end) in `whole` of every assistant turn: after the generation prompt, to the end of what closes it.
+
+    `eos` may stand at the end of all messages, whatever closes each of them (Phi-3 and its successors).
+    """
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -345,7 +348,10 @@ def _assistant_spans(
         prompt = render(messages[:i], add_generation_prompt=True)
         if not whole.startswith(prompt):
             prompt = _OPENS_A_THOUGHT.sub("", prompt)
-        start, end = len(prompt), _turn_end(prompt, render(messages[: i + 1]), whole)
+        through = render(messages[: i + 1])
+        start, end = len(prompt), _turn_end(prompt, through, whole)
+        if end is None:
+            end = _turn_end(prompt, through.removesuffix(eos), whole)
         if end is None:
             raise DatasetError(
                 f"{where}: the chat template renders the turns up to messages[{i}] differently once more follows; "

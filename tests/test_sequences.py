@@ -33,6 +33,11 @@ HEADER_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A:' if loop.last else 'B:' }}{% endif %}"
     "{{ m['content'] + '|' }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
 )
+# What Phi-3.5 and Phi-4-mini do: every message has its own end, and EOS is written once, after the last one.
+CLOSED_ONCE_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 
 
 def user(content: str) -> dict[str, str]:
@@ -231,6 +236,15 @@ def test_turns_whose_thoughts_are_dropped_are_still_found() -> None:
     tokenizer.chat_template = THINKING_TEMPLATE
     sequence = one({"messages": [user("a"), assistant("one\n"), user("b"), assistant("two")]}, tokenizer)
     assert runs(sequence, tokenizer) == ["one\n<|im_end|>\n", "<think>\n\n</think>\n\ntwo<|im_end|>\n"]
+
+
+def test_turns_of_a_template_that_ends_all_messages_with_eos_are_trained_with_their_own_end() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.eos_token = CLOSED_ONCE_TEMPLATE, "<|endoftext|>"
+    messages = [user("Why?"), assistant("Because."), user("And?"), assistant("So.")]
+    sequence = one({"messages": messages}, tokenizer)
+    assert runs(sequence, tokenizer) == ["Because.<|im_end|>\n", "So.<|im_end|>\n<|endoftext|>"]
+    assert runs(one({"messages": messages[:3]}, tokenizer), tokenizer) == ["Because.<|im_end|>\n"]
 
 
 def test_turns_without_the_thought_that_the_generation_prompt_opens_are_trained() -> None:
