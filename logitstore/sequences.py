@@ -366,5 +366,6 @@ def _turn_end(prompt: str, through: str, whole: str) -> int | None:
         return None
     # Some templates (Qwen3) drop the thoughts at the head of a turn once another follows: what is left is its rest.
     turn, found = through[len(prompt) :], whole[len(prompt) :]
-    left = next((rest for cut in range(len(turn)) if found.startswith(rest := turn[cut:])), None)
+    rests = (turn[cut:] for cut in range(len(turn)) if found.startswith(turn[cut:]))
+    left = next((rest for rest in rests if rest == turn or rest.strip()), None)  # a line's end is no rest
     return None if left is None else len(prompt) + len(left)

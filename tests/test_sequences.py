@@ -33,6 +33,12 @@ HEADER_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A:' if loop.last else 'B:' }}{% endif %}"
     "{{ m['content'] + '|' }}{% endfor %}{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
 )
+# An assistant's turn begins and ends with a line's end, and its first line is another one once a message follows.
+LINES_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% if m['role'] == 'assistant' %}"
+    "{{ '\n(last)\n' if loop.last else '\n(more)\n' }}{% endif %}{{ m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
 # What Phi-3.5 and Phi-4-mini do: every message has its own end, and EOS is written once, after the last one.
 CLOSED_ONCE_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -269,6 +275,7 @@ def test_turns_without_the_thought_that_the_generation_prompt_opens_are_trained(
         "{% for m in messages %}{{ m['content'] + ('</s>' if loop.last else '|') }}{% endfor %}",
         "{% for m in messages | reverse %}{{ m['content'] + '|' }}{% endfor %}",
         HEADER_TEMPLATE,
+        LINES_TEMPLATE,
     ],
 )
 def test_a_template_that_rewrites_what_came_before_is_refused(template: str) -> None:
