@@ -22,7 +22,7 @@ from logitstore.foreign import ForeignDocument, ForeignSource, open_foreign, opt
 from logitstore.foreign.document import MAX_ID
 from logitstore.journal import left_by
 from logitstore.key import document_key
-from logitstore.manifest import Manifest, TeacherIdentity, tokenizer_identity
+from logitstore.manifest import MOST_TOKENS, Manifest, TeacherIdentity, tokenizer_identity
 from logitstore.measures import ASSUMED
 from logitstore.recipe import DocumentRecord, Recipe
 from logitstore.sealed import file_digest
@@ -116,6 +116,11 @@ def import_cache(config: ImportConfig, say: Callable[[str], None] = lambda _line
         raise ConfigError(
             f"the tokenizer {config.tokenizer} has {len(vocabulary):,} tokens, the cache's teacher {vocab_size:,}; "
             "type --tokenizer with the one that the cache was made with"
+        )
+    if vocab_size > MOST_TOKENS:  # a shard counts every id
+        raise ConfigError(
+            f"the teacher's LM head is said to be {vocab_size:,} wide, expected at most {MOST_TOKENS:,}; "
+            "type --vocab-size with its width"
         )
     found = _survey(source, vocab_size, quiet=config.quiet)
     say(f"{found.documents:,} documents, {found.positions:,} positions, at most {found.widest} entries each")

@@ -199,6 +199,7 @@ def test_a_cache_that_is_read_with_other_options_is_refused_and_nothing_is_mixed
         ("--format mlx-kld --tokenizer ./none", r"--tokenizer ./none does not load: .*; type a folder"),
         ("--format mlx-kld --vocab-size 50", r"has 384 tokens, the cache's teacher 50; type --tokenizer"),
         ("--format mlx-kld", r"has 384 tokens, the cache's teacher 90; type --tokenizer"),
+        ("--format mlx-kld --vocab-size 1519360000", r"said to be 1,519,360,000 wide, .*; type --vocab-size"),
         ("--format mlx-kld --out s.tar", r"type a path that ends in"),
         ("--format axolotl", r"cache holds no|cache"),
     ],
