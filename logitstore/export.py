@@ -12,6 +12,8 @@ from tqdm import tqdm
 from logitstore.contract import Store
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError, StoreWriteError, first_line
+from logitstore.manifest import Manifest
+from logitstore.measures import UNKNOWN_LABEL
 from logitstore.replaced import replaced
 from logitstore.targets import SparseTargets
 
@@ -34,7 +36,8 @@ def export(
 ) -> ExportReport:
     """Write columns token_ids [L]; ids and weights [L - 1, entries]; log_tail_mass, label_log_prob and entropy [L - 1].
 
-    A position has its entries with a weight above 0; hidden states are left out. Documents are in the store's order.
+    A position has its entries with a weight above 0; hidden states are left out. Null is what an imported cache did not
+    know. Documents are in the store's order.
     Appears whole or not at all.
 
     Raises:
@@ -75,7 +78,7 @@ def export(
                 rows.append(store.document(number, temperature, replica))
                 room -= len(rows[-1][1])
                 if room <= 0 or number == documents - 1:
-                    writer.write_table(_table(rows, schema), row_group_size=len(rows))
+                    writer.write_table(_table(rows, schema, store.manifest), row_group_size=len(rows))
                     written = sum(len(targets) for _, targets in rows)
                     positions += written
                     bar.update(written)
@@ -85,7 +88,7 @@ def export(
     return ExportReport(documents, positions, out.stat().st_size)
 
 
-def _table(rows: list[tuple[npt.NDArray[np.int32], SparseTargets]], schema: Any) -> Any:
+def _table(rows: list[tuple[npt.NDArray[np.int32], SparseTargets]], schema: Any, manifest: Manifest) -> Any:
     import pyarrow
 
     tokens = [token_ids for token_ids, _ in rows]
@@ -99,7 +102,8 @@ def _table(rows: list[tuple[npt.NDArray[np.int32], SparseTargets]], schema: Any)
         return pyarrow.ListArray.from_arrays(ends, values)
 
     def plain(name: str) -> Any:
-        return lists(np.concatenate([getattr(found, name) for found in targets]), lengths)
+        unknown = np.concatenate([_unknown(name, *row, manifest) for row in rows])
+        return lists(pyarrow.array(np.concatenate([getattr(found, name) for found in targets]), mask=unknown), lengths)
 
     ids = np.concatenate([found.ids[mask] for found, mask in zip(targets, kept, strict=True)])
     weights = np.concatenate([found.weights[mask] for found, mask in zip(targets, kept, strict=True)])
@@ -110,3 +114,16 @@ def _table(rows: list[tuple[npt.NDArray[np.int32], SparseTargets]], schema: Any)
         *(plain(name) for name in ("log_tail_mass", "label_log_prob", "entropy")),
     ]
     return pyarrow.Table.from_arrays(columns, schema=schema)
+
+
+def _unknown(
+    name: str, token_ids: npt.NDArray[np.int32], targets: SparseTargets, manifest: Manifest
+) -> npt.NDArray[np.bool_]:
+    """Of which positions the store has not what it is asked for, [P]."""
+    if name == "entropy":
+        return np.full(len(targets), "entropy" in manifest.unknown)
+    if name == "label_log_prob" and UNKNOWN_LABEL in manifest.unknown:
+        labels = token_ids[targets.positions + 1]
+        kept = (targets.ids == labels[:, None]) & (targets.weights > 0)
+        return np.asarray(~kept.any(axis=1))
+    return np.zeros(len(targets), np.bool_)

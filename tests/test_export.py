@@ -58,7 +58,7 @@ def test_no_more_than_a_row_group_is_held(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "ROW_GROUP_POSITIONS", 40)
     store, held = small_store(tmp_path / "s.zarr", 4), []
     table = module._table
-    monkeypatch.setattr(module, "_table", lambda rows, schema: held.append(len(rows)) or table(rows, schema))
+    monkeypatch.setattr(module, "_table", lambda rows, *rest: held.append(len(rows)) or table(rows, *rest))
     export(store, tmp_path / "o.parquet", quiet=True)
     assert sum(held) == 12 and max(held) <= 5
 

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
@@ -80,6 +81,10 @@ def test_what_an_import_does_not_know_is_shown_nowhere_as_a_number(tmp_path: Pat
     assert found["teacher_perplexity"] is None and found["positions"] > 0 and page.exists()
     for name in ("entropy", "label_log_prob"):
         assert found["histograms"][name]["mean"] is None and not sum(found["histograms"][name]["counts"])
+    run("export", tmp_path / "s.zarr", tmp_path / "o.parquet")
+    row = pq.read_table(tmp_path / "o.parquet").to_pylist()[0]
+    assert row["entropy"] == [None] * len(label)
+    assert [value is None for value in row["label_log_prob"]] == np.isnan(label).tolist()
 
 
 def test_no_live_teacher_fits_an_import_and_two_imports_that_know_different_things_differ(
