@@ -34,6 +34,8 @@ _THOUGHT_MARKS = (
 """The tokens around thoughts that mlx-lm knows; it tells a chat template to think where the vocabulary has them."""
 _OPENS_A_THOUGHT = re.compile(r"<think>\s*\Z")
 """How some generation prompts end (DeepSeek-R1, QwQ, Qwen3-Thinking); a turn without thoughts begins before that."""
+_SOME_CONTENT = "\ue000"
+"""A content for a turn that no other has, and no template strips: of the private use area."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +157,8 @@ def tokenize(
     text: its tokens and EOS; every position is trained.
     prompt, completion: a user and an assistant message where the tokenizer has a chat template; else the tokens of
     both and EOS. Trained where the completion, or what closes it, is predicted.
-    messages: as the chat template renders them; trained where an assistant turn, or what closes it, is predicted.
+    messages: as the chat template renders them; trained where an assistant turn, or what closes it, is predicted. Of a
+    turn that is rendered otherwise once more follows, the content alone.
 
     A document with fewer than two tokens, or with no trained position among those kept, is skipped and counted.
     `tokenizer` is a fast Hugging Face tokenizer, bare or in mlx-lm's wrapper. `columns` are kept as they are; the rows
@@ -352,12 +355,33 @@ def _assistant_spans(
         start, end = len(prompt), _turn_end(prompt, through, whole)
         if end is None:
             end = _turn_end(prompt, through.removesuffix(eos), whole)
-        if end is None:
+        span = (start, end) if end is not None else _content_span(messages, i, whole, render)
+        if span is None:
             raise DatasetError(
                 f"{where}: the chat template renders the turns up to messages[{i}] differently once more follows; "
                 "expected the same text, to tell the assistant's tokens; use single-turn rows, or another chat template"
             )
-        yield start, end
+        yield span
+
+
+def _content_span(
+    messages: Sequence[Mapping[str, Any]], i: int, whole: str, render: Callable[..., str]
+) -> tuple[int, int] | None:
+    """[start, end) in `whole` of what it says of the content of messages[i], which is all that changes with it; to the
+    end of all for the last one. None where that is not all, nothing is left of it, or the turn has more than a content.
+
+    What closes a turn is not told by this. It is for templates that close the last one otherwise (gpt-oss), that put
+    something in the place of thoughts (GLM-4.6), or whose generation prompt says more than a turn does (Apriel).
+    """
+    message = messages[i]
+    if any(value for name, value in message.items() if name not in ("role", "content")):
+        return None
+    other = render([*messages[:i], {**message, "content": _SOME_CONTENT}, *messages[i + 1 :]])
+    before, _, after = other.partition(_SOME_CONTENT)
+    in_order = before.startswith(render(messages[:i]))
+    if not (in_order and whole.startswith(before) and whole.endswith(after) and len(before + after) < len(whole)):
+        return None
+    return len(before), len(whole) - len(after) if messages[i + 1 :] else len(whole)
 
 
 def _turn_end(prompt: str, through: str, whole: str) -> int | None:

@@ -44,6 +44,17 @@ CLOSED_ONCE_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+# What gpt-oss does: a turn that another message follows is closed by another token than the last one.
+RETURN_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{{ '<|im_start|>final' if m['role'] == 'assistant' }}"
+    "{{ '\n' + m['content'] + ('<|endoftext|>' if m['role'] == 'assistant' and loop.last else '<|im_end|>') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+# What Apriel does: the generation prompt says more than the header of any turn.
+STEPS_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\nHere are my reasoning steps:\n' }}{% endif %}"
+)
 
 
 def user(content: str) -> dict[str, str]:
@@ -274,8 +285,9 @@ def test_turns_without_the_thought_that_the_generation_prompt_opens_are_trained(
         "{{ messages | length }}" + THINKING_TEMPLATE,
         "{% for m in messages %}{{ m['content'] + ('</s>' if loop.last else '|') }}{% endfor %}",
         "{% for m in messages | reverse %}{{ m['content'] + '|' }}{% endfor %}",
-        HEADER_TEMPLATE,
-        LINES_TEMPLATE,
+        HEADER_TEMPLATE.replace("m['content']", "m['content'] * 2"),
+        HEADER_TEMPLATE.replace("m['content']", "m['content'][4:]"),
+        LINES_TEMPLATE + "{{ messages | map(attribute='content') | join | length }}",
     ],
 )
 def test_a_template_that_rewrites_what_came_before_is_refused(template: str) -> None:
@@ -283,6 +295,26 @@ def test_a_template_that_rewrites_what_came_before_is_refused(template: str) -> 
     tokenizer.chat_template = template
     with pytest.raises(DatasetError, match=r"a\.jsonl:1: the chat template renders .* up to messages\[1\] differently"):
         one({"messages": [user("a"), assistant("one"), user("b"), assistant("two")]}, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "first", "last"),
+    [
+        (HEADER_TEMPLATE, "one", "two|"),
+        (LINES_TEMPLATE, "one", "\n(last)\ntwo\n"),
+        (RETURN_TEMPLATE, "one", "<|im_start|>final\ntwo<|endoftext|>"),
+        (STEPS_TEMPLATE, "one", "two<|im_end|>\n"),
+    ],
+)
+def test_a_turn_that_is_rendered_otherwise_once_more_follows_is_trained_on_its_content(
+    template: str, first: str, last: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    messages = [user("a"), assistant("one"), user("b"), assistant("two")]
+    assert runs(one({"messages": messages}, tokenizer), tokenizer) == [first, last]
+    with pytest.raises(DatasetError, match=r"up to messages\[1\] differently"):
+        one({"messages": [user("a"), assistant("one") | {"reasoning": "So?"}, *messages[2:]]}, tokenizer)
 
 
 def test_a_template_that_refuses_a_conversation_is_quoted() -> None:
