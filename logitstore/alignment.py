@@ -136,7 +136,8 @@ def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence
 
     The last turn of one may be cut, and the other may go on. Space at either end of a turn is the template's, and may
     be part of a first or last token: turns are compared without it. They meet from what follows it on, and where they
-    do not end in the same space, up to before the end of their text.
+    do not end in the same space, up to before the end of their text; where several tokens end at one place, as in
+    `by_text`, at the last of them.
     """
     if not its or len(its) > len(others):
         return None
@@ -151,6 +152,7 @@ def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence
         among = other.ends[theirs.first - 1 : theirs.stop]
         at = np.searchsorted(among, own, side="right") - 1
         same = (at >= 0) & (among[np.maximum(at, 0)] == own) & (own >= place)
+        same[:-1] &= own[1:] != own[:-1]
         ends_alike = not space if cut else space == their_space
         if not ends_alike:
             same &= own < place + len(text)

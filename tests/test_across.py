@@ -818,6 +818,29 @@ def test_turns_of_other_text_are_no_turns_and_a_cut_one_is_a_beginning() -> None
     assert alike is not None and alike.met[turn.closing] >= 0
 
 
+def test_in_a_turn_a_token_that_the_teacher_passes_over_meets_nothing_a_second_time() -> None:
+    """A control character that SmolLM2 has no token for: what is left of the turn after a meeting is the same text."""
+    second = CHAT_TEMPLATE.replace("'\n' + message['content']", "': ' + message['content']")
+    second = second.replace("assistant\n", "assistant: ")
+    spelled, read = [], []
+    for text, template in (("a few\x05\x05 bytes\x05", second), ("a few bytes", CHAT_TEMPLATE)):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+        read += tokenize([Document({"messages": said}, "1")], tokenizer, 99)
+        spelled.append(spell(read[-1].token_ids, vocabulary_of(tokenizer), b"\x05"))
+    special = vocabulary_of(tiny_tokenizer()).special_ids
+    found = by_turns(spelled[0], turns(read[0], special), spelled[1], turns(read[1], special))
+    assert found is not None
+    met = found.met[found.met >= 0]
+    assert len(met) > 5
+    assert (np.diff(met) > 0).all()
+    lost = np.flatnonzero(read[0].token_ids == tiny_tokenizer().encode("\x05")[0])
+    assert len(lost) == 3
+    assert (found.met[lost - 1] == -1).all()
+    assert (found.met[lost[1:]] >= 0).all()
+
+
 def test_a_prompt_that_is_trained_too_is_never_taken_for_what_the_assistant_said() -> None:
     said = [{"role": role, "content": "a few bytes"} for role in ("user", "assistant")]
     one, teacher = its_own(), tiny_tokenizer()
