@@ -40,6 +40,7 @@ from logitstore.vocabulary import vocabulary_of
 from logitstore.vocabulary_map import map_vocabularies
 from tests.runs import World, make_world, write_jsonl
 from tests.tiny import CHAT_TEMPLATE, CORPUS, save_tiny_model, tiny_tokenizer
+from tests.tokenizers import wordpiece
 
 SAMPLE, TRUNCATED = "threshold:16", "top-k:50"
 SMALL = 330
@@ -436,6 +437,28 @@ def test_entropy_weighs_positions_with_targets_alone(world: World) -> None:
     assert batch is not None
     expected = np.where(asked.taught, 1 + 2 * found.entropy, 1)
     np.testing.assert_allclose(np.array(batch.row_weights), expected, rtol=1e-6)
+
+
+def test_wordpieces_words_have_lost_their_spaces_so_that_nothing_goes_by_their_names(
+    world: World, tmp_path: Path
+) -> None:
+    """Before ` few` its teacher says `few`, which a student of spaces writes on to the last word."""
+    teacher, dataset = tmp_path / "teacher", write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in CORPUS[:2]])
+    tokenizer = wordpiece(lowercase=False)
+    save_tiny_model(teacher, seed=1, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(teacher)
+    store = tmp_path / "store.zarr"
+    world.build(store, teacher=str(teacher), dataset=str(dataset), select=TRUNCATED)
+    usual = {"dataset": str(dataset), "on_miss": "hard-only", "teacher_tokenizer": str(teacher), "iters": 1}
+    said: list[str] = []
+    train(world.config(tmp_path / "o", store=(str(store),), **usual), said.append)
+    assert "--cross-vocab auto takes span: one of the two tokenizers drops the spaces" in "\n".join(said)
+    for method in ("mapped", "gold"):
+        with pytest.raises(IncompatibleStoreError, match=f"{method} goes by the bytes.* type --cross-vocab span"):
+            world.train(tmp_path / method, store=(str(store),), cross_vocab=method, **usual)
+    shares = f"{path(world, TRUNCATED)}=0.5", f"{store}=0.5"
+    with pytest.raises(IncompatibleStoreError, match=r"goes by the bytes.* type --store of that teacher alone"):
+        world.train(tmp_path / "several", store=shares, dataset=str(dataset))
 
 
 def test_a_step_where_nothing_meets_has_no_distillation_loss(world: World, tmp_path: Path) -> None:

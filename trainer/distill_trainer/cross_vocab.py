@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from distill_trainer.config import TrainConfig
-from distill_trainer.crossing import Crossing, require_coverage
+from distill_trainer.crossing import NO_SPACES, Crossing, require_coverage
 from distill_trainer.several_crossings import SeveralCrossings
 from distill_trainer.teachers import Teachers
 from logitstore.errors import ConfigError, IncompatibleStoreError
@@ -71,10 +71,10 @@ def crossing_of(
     say(f"the teacher's tokenizer is another one; {crossing.described(student.name)}")
     coverage = crossing.coverage(some, "mapped" if config.cross_vocab == "auto" else config.cross_vocab)
     if config.cross_vocab == "auto":
-        enough = coverage.share >= LEAST_AUTO
+        enough = crossing.names_hold and coverage.share >= LEAST_AUTO
         crossing.method = "mapped" if enough else "span"
         least = f"{'at least' if enough else 'less than'} {LEAST_AUTO:g} of what the teacher says"
-        why = f"mapped teaches {coverage}, {least}"
+        why = f"mapped teaches {coverage}, {least}" if crossing.names_hold else NO_SPACES
         say(f"--cross-vocab auto takes {crossing.method}: {why}")
         if not enough:
             coverage = crossing.coverage(some, "span")

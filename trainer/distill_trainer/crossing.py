@@ -39,6 +39,10 @@ OF_SPANS = ("span", "gold")
 """Methods that teach spans, not single positions."""
 TRUNCATED = ("uld", "gold")
 """Methods that need a teacher's likeliest tokens, which a sample does not tell."""
+BY_NAME = ("mapped", "gold")
+"""Methods that take tokens of the same bytes for the same."""
+NO_SPACES = "one of the two tokenizers drops the spaces between words (WordPiece)"
+"""Where `Crossing.names_hold` does not."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +185,34 @@ class Crossing:
         ids = self._map.student_ids
         return f"{np.count_nonzero(ids >= 0):,} of its {len(ids):,} tokens are tokens of {student} too"
 
+    @property
+    def names_hold(self) -> bool:
+        """Whether tokens of the same bytes say the same. Not of WordPiece: its words have lost the space before them,
+        and a word's beginning has the bytes of another's end.
+        """
+        return not (self._teacher.drops_whitespace or self._student.drops_whitespace)
+
+    def require_names(self, instead: str = "--cross-vocab span") -> None:
+        """Check that names hold where the method goes by them.
+
+        Args:
+            instead: what is to be typed where they do not.
+
+        Raises:
+            IncompatibleStoreError: they do not.
+        """
+        if self.method in BY_NAME and not self.names_hold:
+            raise IncompatibleStoreError(
+                f"--cross-vocab {self.method} goes by the bytes of tokens, and {NO_SPACES}; type {instead}"
+            )
+
     def require_loss(self, config: TrainConfig) -> None:
         """Check that the run's loss is served across.
 
         Raises:
             IncompatibleStoreError: it is not.
         """
+        self.require_names()
         if self.method != "mapped" and config.loss != ("kl",):
             raise IncompatibleStoreError(
                 f"--cross-vocab {self.method} has a loss of its own, and --loss names {', '.join(config.loss)}; leave "

@@ -91,7 +91,7 @@ class SeveralCrossings:
 
         Raises:
             ConfigError: a way to combine them, or a flag, that does not go across.
-            IncompatibleStoreError: a loss that is not served across.
+            IncompatibleStoreError: a loss that is not served across, or a tokenizer whose tokens have no names.
         """
         assert teachers.recipe is not None
         combination, recipe = config.combination, teachers.recipe
@@ -119,6 +119,7 @@ class SeveralCrossings:
             if store.manifest.tokenizer.fingerprint != own:
                 crossing = Crossing(config, in_order([store]), None, student, width, cell=False)
                 crossing.method = "mapped"
+                crossing.require_names("--store of that teacher alone, with --cross-vocab span")
             self._crossings.append(crossing)
         self.teachers = Teachers(teachers.stores, recipe, self._of)
 
