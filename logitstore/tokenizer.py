@@ -1,5 +1,6 @@
 """The tokenizer of a model without its weights: a folder's or a hub id's `tokenizer.json`, or a GGUF file's. No MLX."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ def load_tokenizer(source: str, flag: str) -> Any:
     Raises:
         ModelError: there is none, or a broken one.
     """
+    # Else transformers says on stderr that there is no PyTorch, which nothing here needs; mlx-lm does the same.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     path = Path(source).expanduser()
