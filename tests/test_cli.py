@@ -8,6 +8,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -83,6 +84,19 @@ def test_the_flags_and_their_defaults_are_the_fields_of_the_configs() -> None:
         assert flags.keys() == known.keys() - others
         given = {name: flag.to_info_dict()["default"] for name, flag in flags.items()}
         assert all(known[name].default in (MISSING, value, value or ()) for name, value in given.items())
+
+
+def test_help_says_defaults_as_they_are_typed_and_what_may_be_typed_more_than_once() -> None:
+    def said(command: click.Command, *words: str) -> str:
+        return " ".join(CliRunner().invoke(command, [*words, "--help"]).output.split())
+
+    assert "entries for each. [default: 1]" in said(logitstore.main, "build")
+    token = said(logitstore.main, "token", "new")
+    assert "read, write or teach; may be repeated. [default: read]" in token
+    assert "it is served as; may be repeated. [default: all]" in token
+    assert "LoRA's rank, scale and dropout are the key lora_parameters of --config. [default: lora]" in said(
+        distill_train.main
+    )
 
 
 def test_a_config_file_gives_values_and_a_flag_wins(world: World, tmp_path: Path) -> None:

@@ -133,7 +133,13 @@ from distill_cli.outcome import INTERRUPTED, one_line_errors, say_blas
     "serves.  [default: the store's, else 1]",
 )
 @click.option("--progressive", is_flag=True, help="The temperature falls to 1, from 4 unless given, and alpha to 0.")
-@click.option("--fine-tune-type", type=click.Choice(["lora", "dora", "full"]), default="lora", show_default=True)
+@click.option(
+    "--fine-tune-type",
+    type=click.Choice(["lora", "dora", "full"]),
+    default="lora",
+    show_default=True,
+    help="LoRA's rank, scale and dropout are the key lora_parameters of --config.",
+)
 @click.option("--num-layers", default=16, show_default=True, help="How many of the last layers LoRA adapts; -1: all.")
 @click.option("--iters", default=1000, show_default=True, help="Steps of the optimizer.")
 @click.option("--batch-size", default=4, show_default=True, help="Documents in a batch, of all processes together.")

@@ -65,8 +65,7 @@ def main() -> None:
     "--temperature",
     type=Numbers(),
     default=(1.0,),
-    show_default="1",
-    help="Softmax temperatures, as in 1,2: entries for each.",
+    help="Softmax temperatures, as in 1,2: entries for each.  [default: 1]",
 )
 @click.option("--replicas", default=1, show_default=True, help="Independent draws, which epochs rotate through.")
 @click.option("--tail-log-probs", is_flag=True, help="Keep the tail entries' own log-probs, for losses beyond KL.")

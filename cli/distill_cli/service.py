@@ -63,8 +63,20 @@ def token() -> None:
 @token.command()
 @TOKENS
 @click.option("--name", required=True, help="Who holds it, for `token list`.")
-@click.option("--scope", "scopes", multiple=True, default=("read",), show_default=True, help="read, write or teach.")
-@click.option("--store", "stores", multiple=True, help="Only this store, by the name it is served as.  [default: all]")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    default=("read",),
+    show_default=True,
+    help="read, write or teach; may be repeated.",
+)
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    help="Only this store, by the name it is served as; may be repeated.  [default: all]",
+)
 def new(tokens: Path, name: str, scopes: tuple[str, ...], stores: tuple[str, ...]) -> None:
     """Print a new token. It is shown this once: only its hash is kept."""
     with one_line_errors("No token was made."):
