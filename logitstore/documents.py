@@ -79,7 +79,10 @@ def _open(dataset: str, split: str, columns: Sequence[str]) -> Iterator[Document
         if file := _split_file(path, split):
             return _read_file(file, columns)
         if train := _split_file(path, "train"):
-            raise DatasetError(f"{path} holds {train.name} but neither {split}.jsonl nor {split}.parquet")
+            raise DatasetError(
+                f"{path} holds {train.name} but neither {split}.jsonl nor {split}.parquet; add one, or type the "
+                "name of another split"
+            )
         if sum(1 for _ in islice(path.rglob("*"), MOST_FILES)) == MOST_FILES:
             raise DatasetError(f"{path} has no train.jsonl or train.parquet, and too many files to be a dataset")
         return _read_hugging_face(str(path), split, columns)

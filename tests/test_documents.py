@@ -79,7 +79,8 @@ def test_a_folder_gives_the_file_of_the_split(tmp_path: Path) -> None:
 
 def test_a_folder_without_the_split_never_gives_another(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", [{"text": "train"}])
-    with pytest.raises(DatasetError, match=r"holds train\.jsonl but neither valid\.jsonl nor valid\.parquet"):
+    says = r"holds train\.jsonl but neither valid\.jsonl nor valid\.parquet; add one, or type the name of another split"
+    with pytest.raises(DatasetError, match=says):
         read_documents(str(tmp_path), split="valid")
     with pytest.raises(DatasetError, match="is one file and has no split 'valid'"):
         read_documents(str(tmp_path / "train.jsonl"), split="valid")
