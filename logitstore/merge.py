@@ -63,10 +63,10 @@ def merge(sources: Sequence[str | Path], out: Path, *, writer: str = "merge", qu
         if isinstance(source.path, Path) and out.exists() and out.samefile(source.path):
             raise ConfigError(f"{out} is to be read and to be written; type another path to write")
     for other in stores[1:]:
-        _require_same(stores[0], other)
+        _require_same(stores[0], other, "leave one out")
     target = existing(out)
     if target is not None:
-        target.manifest.require_compatible(stores[0].manifest, out)
+        _require_same(target, stores[0], "type another OUT")
     left = {document.key: document for document in left_by(writer, target)}
     lacking = _require_agreement(stores, target, left, quiet=quiet)
     given = sum(map(len, stores))
@@ -106,13 +106,13 @@ def _carry_fidelity(stores: Sequence[Store], out: Store) -> None:
         out.save_fidelity(fidelity)
 
 
-def _require_same(one: Store, other: Store) -> None:
+def _require_same(one: Store, other: Store, advice: str) -> None:
     difference = one.manifest.first_difference(other.manifest)
     if difference is not None:
         what, of_one, of_other = difference
         raise IncompatibleStoreError(
             f"{one.path} was built with {what} {of_one}, {other.path} with {of_other}; "
-            "only stores of one teacher and recipe can be merged: leave one out"
+            f"only stores of one teacher and recipe become one: {advice}"
         )
 
 
