@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ PROBE_DOCUMENTS = 64
 class Estimate:
     """The cost of a build; bytes and seconds are extrapolated from a probe."""
 
-    summary: str
     documents: int
     positions: int
     probed_positions: int
@@ -30,8 +30,11 @@ class Estimate:
     elapsed_s: float
 
 
-def estimate(config: BuildConfig) -> Estimate:
+def estimate(config: BuildConfig, say: Callable[[str], None] = lambda _line: None) -> Estimate:
     """Run the teacher over about PROBE_TOKENS tokens of what is to do, and write the answers to a throw-away store.
+
+    Args:
+        say: takes one line of text at a time for the user: what there is and what is to do, before the teacher reads.
 
     Raises:
         LogitstoreError: whatever `build` would raise before it starts.
@@ -42,17 +45,20 @@ def estimate(config: BuildConfig) -> Estimate:
     teacher = Teacher(config.teacher, config.adapter_path, quiet=config.quiet)
     recipe = config.recipe_of(teacher)
     survey = survey_of(config, rows, teacher)
-    summary = survey.report.describe(len(survey.keys))
     manifest = manifest_of(config, teacher)
     if there is not None:
         there.manifest.require_compatible(manifest, config.out)
-        summary = f"{len(there):,} documents are already there"
+        say(f"{len(there):,} documents are already there")
+    else:
+        say(survey.report.describe(len(survey.keys)))
     todo = survey.to_do(part, there)
     if recipe.hidden_layers:
-        summary += f"\n{recipe.hidden_cost}"
+        say(recipe.hidden_cost)
     if not todo.size:
-        return Estimate(summary, 0, 0, 0, 0.0, 0.0)
+        say("nothing to do")
+        return Estimate(0, 0, 0, 0.0, 0.0)
     positions = int(survey.positions[todo].sum())
+    say(f"to do: {len(todo):,} documents, {positions:,} positions")
 
     documents = _some_documents(config, teacher, {survey.keys[i].tobytes() for i in todo[:PROBE_DOCUMENTS]})
     batches = plan_batches(documents, min(config.batch_tokens, PROBE_TOKENS))
@@ -74,7 +80,6 @@ def estimate(config: BuildConfig) -> Estimate:
         )
         bytes_per_position = (store.disk_bytes - empty_bytes - shard_bytes - index_bytes) / probed
     return Estimate(
-        summary=summary,
         documents=len(todo),
         positions=positions,
         probed_positions=probed,

@@ -241,9 +241,20 @@ def test_a_dry_run_writes_nothing_and_estimates_what_a_build_then_is(config: Bui
 
 
 def test_a_dry_run_of_a_part_takes_no_other_parts_documents_for_equal_ones(config: BuildConfig) -> None:
-    cost = estimate(replace(config, shard="1/2"))
+    said: list[str] = []
+    cost = estimate(replace(config, shard="1/2"), said.append)
     assert 0 < cost.documents < 16
-    assert cost.summary.startswith("16 documents") and "equal" not in cost.summary
+    assert said[0].startswith("16 documents") and "equal" not in said[0]
+
+
+def test_a_dry_run_says_what_there_is_before_the_teacher_reads(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Teacher, "records")
+    said: list[str] = []
+    with pytest.raises(AttributeError, match="records"):
+        estimate(config, said.append)
+    assert [line.partition(",")[0] for line in said] == ["16 documents", "to do: 16 documents"]
 
 
 @pytest.mark.parametrize("run", [build, estimate])

@@ -114,13 +114,10 @@ def build(**options: Any) -> None:
 def _dry_run(config: Any) -> None:
     from logitstore.dry_run import estimate
 
-    cost = estimate(config)
-    click.echo(cost.summary)
+    cost = estimate(config, click.echo)
     if not cost.documents:
-        click.echo("nothing to do")
         return
     rate = cost.positions / cost.elapsed_s
-    click.echo(f"to do: {cost.documents:,} documents, {cost.positions:,} positions")
     click.echo(f"size:  about {cost.disk_bytes:,.0f} bytes, {cost.disk_bytes / cost.positions:.1f} per token")
     click.echo(
         f"time:  about {_duration(cost.elapsed_s)} at {rate:,.0f} tokens/s (probe: {cost.probed_positions} positions)"
