@@ -82,7 +82,10 @@ def _snapshot(api: Any, repo: str, place: str) -> RemoteFiles | None:
     except RepositoryNotFoundError:
         return None
     except Exception as error:  # the client raises its own, httpx's and the system's errors
-        raise StoreFormatError(f"{place} cannot be read ({_said(error)})") from error
+        raise StoreFormatError(
+            f"{place} cannot be read ({_said(error)}); mend this, `hf auth login` is how to log in, and type the same "
+            "command again"
+        ) from error
     token = api.token if isinstance(api.token, str) else get_token()
     return RemoteFiles(f"{api.endpoint}/datasets/{repo}/resolve/{commit}", listing=names, token=token or "")
 

@@ -89,6 +89,7 @@ def test_what_the_hub_refuses_is_one_line_and_goes_on_later(hub: Hub, url: str, 
         hub.full = full
         said = run(url, tmp_path / "home", "push", store.folder, PLACE, token=token)
         assert said.startswith(f"Error: {PLACE} {message}") and said.count("\n") == 1, said
+        assert said.endswith("and type the same command again\n") and "`hf auth login`" in said
         assert not hub.files("team/targets") if "team/targets" in hub.datasets else True
     hub.full = False
     hub.asked.clear()
