@@ -101,7 +101,7 @@ def test_links_of_real_kinds_spell_the_token() -> None:
 
 
 def test_a_map_of_150_000_tokens_to_as_many_takes_seconds() -> None:
-    """Wanted: 5 s. Measured: 2.4 s where almost nothing maps and all is spelled. The bound is for busy machines."""
+    """Wanted: 5 s. Measured: 2.4 s where almost nothing maps and all is spelled. The bound is for slow ones."""
     rng = np.random.default_rng(0)
 
     def large(seed: int) -> Vocabulary:
@@ -112,8 +112,8 @@ def test_a_map_of_150_000_tokens_to_as_many_takes_seconds() -> None:
 
     teacher, student = large(1), large(2)
     assert len(teacher) == len(student) == 150_000
-    begin = time.perf_counter()
+    begin = time.process_time()  # not what other work on the machine takes
     made = map_vocabularies(teacher, student)
-    elapsed_s = time.perf_counter() - begin
+    elapsed_s = time.process_time() - begin
     assert (made.student_ids >= 0).sum() > 256 and (made.link_lengths > 0).sum() > 50_000
     assert elapsed_s < 30
