@@ -98,6 +98,14 @@ def test_temperature_and_selection_are_the_stores_and_others_are_refused_with_th
         open_stores(world.config(tmp_path / "o", store=path, select="top-k:8"))
 
 
+def test_a_loss_that_a_live_teacher_cannot_serve_is_told_before_anything_is_loaded(
+    world: World, tmp_path: Path
+) -> None:
+    for kept in ({}, {"store": (str(tmp_path / "new.zarr"),), "write_back": True}):
+        with pytest.raises(IncompatibleStoreError, match=r"^the teacher cannot serve --loss reverse-kl: .* --select"):
+            open_stores(world.config(tmp_path / "o", teacher="/none", loss=("reverse-kl",), **kept))
+
+
 def test_what_was_written_back_needs_no_teacher_the_next_time(tmp_path: Path, world: World) -> None:
     store = str(tmp_path / "new.zarr")
     first, _ = world.train(tmp_path / "a", store=(store,), teacher=str(world.teacher), write_back=True, iters=4)

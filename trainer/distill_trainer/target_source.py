@@ -37,6 +37,7 @@ def open_stores(config: TrainConfig, say: Callable[[str], object] = lambda _: No
         StoreError: as `open_store`; stores that differ.
         ServiceError: as `open_served`.
         ConfigError: a temperature or selection that the stores do not have.
+        IncompatibleStoreError: a loss that they, or the live teacher alone, do not serve.
     """
     combination = config.combination
     paths = list(combination.paths)
@@ -63,7 +64,14 @@ def open_stores(config: TrainConfig, say: Callable[[str], object] = lambda _: No
     if combination.several and teachers.recipe is not None:
         combination.require_losses(config.loss_names, teachers.recipe)
         Objective(config, teachers.recipe, combination.named)
+    if teachers.recipe is None and config.distils:
+        Objective(config, _live_recipe(config, vocab_size=1 << 31))  # told before a teacher is loaded
     return teachers
+
+
+def _live_recipe(config: TrainConfig, vocab_size: int) -> Recipe:
+    """What is kept of a live teacher without a store."""
+    return Recipe(config.live_selection, spaced(config.temperature_schedule), seed=0, vocab_size=vocab_size)
 
 
 def _open(path: str, config: TrainConfig, say: Callable[[str], object]) -> Store:
@@ -108,9 +116,7 @@ def target_source(
 
     teacher = Teacher(config.teacher, config.teacher_adapter_path, quiet=config.quiet)
     if recipe is None:
-        recipe = Recipe(
-            config.live_selection, spaced(config.temperature_schedule), seed=0, vocab_size=teacher.vocab_size
-        )
+        recipe = _live_recipe(config, teacher.vocab_size)
     if stores or config.write_back:  # else nobody asks who this teacher is, and its weights are not read for a digest
         manifest = teacher.manifest(replace(recipe, vocab_size=teacher.vocab_size))
         wanted = replace(manifest, prompt_template=config.teacher_template)
