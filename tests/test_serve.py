@@ -21,7 +21,7 @@ import pytest
 
 from logitstore.errors import ConfigError
 from logitstore.http_client import is_loopback
-from logitstore.service.serve import ServeConfig
+from logitstore.service.serve import ServeConfig, reached_at
 from logitstore.service.tokens import new_token
 from logitstore.store import open_store
 from logitstore.wire import Kind, read_answers
@@ -253,6 +253,11 @@ def test_which_hosts_only_this_machine_reaches(host: str, own: bool) -> None:
         with pytest.raises(ConfigError, match="--insecure"):
             ServeConfig((Path("x"),), host=host)
     assert ServeConfig((Path("x"),), host=host, insecure=True).host == host
+
+
+def test_a_store_on_all_addresses_is_said_to_be_on_this_machine_by_its_name() -> None:
+    assert reached_at("0.0.0.0") == reached_at("::") == socket.gethostname()
+    assert (reached_at("big.local"), reached_at("::1")) == ("big.local", "[::1]")
 
 
 def test_two_processes_on_one_store_end_with_every_document_once(world: World, tmp_path: Path) -> None:

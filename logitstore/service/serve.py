@@ -29,6 +29,8 @@ MOST_FILES = 8192
 STOPPED_S = 10
 """So long, when it is stopped, for requests that are being answered."""
 KEEP_ALIVE_S = 30
+EVERYWHERE = ("0.0.0.0", "::", "")
+"""Hosts that stand for every address of a machine."""
 
 
 @dataclass(frozen=True)
@@ -144,27 +146,34 @@ def serve(config: ServeConfig, say: Callable[[str], object], log: Callable[[str]
     allow_files()
     scheme = "http" if config.tls_cert is None else "https"
     port = sockets[0].getsockname()[1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    place = f"{scheme}://{reached_at(config.host)}:{port}"
     for name in shelf.names():
         try:
-            say(f"{shelf.get(name).path} is {scheme}://{host}:{port}/{name}")
+            say(f"{shelf.get(name).path} is {place}/{name}")
         except StoreError as error:
             say(f"{name} is not served: {error}")
     if not shelf.names():
         where = shelf.begins_stores
-        say(f"no stores in {where} yet; build into it, or `logitstore push STORE {scheme}://{host}:{port}/NAME`")
+        say(f"no stores in {where} yet; build into it, or `logitstore push STORE {place}/NAME`")
     if config.tls_cert is None and config.tokens is not None and not is_loopback(config.host):
         say("tokens travel in clear without --tls-cert and --tls-key, or a proxy in front that has them")
     if desk is not None:
         say(f"loading teacher {config.teacher}")
         desk.start()
-    say(f"listening on {scheme}://{host}:{port}; Ctrl-C stops it")
+    say(f"listening on {place}; Ctrl-C stops it")
     try:
         with suppress(KeyboardInterrupt):  # which uvicorn raises again when it has stopped
             server.run(sockets)
     finally:
         if desk is not None:
             desk.stop()
+
+
+def reached_at(host: str) -> str:
+    """What stands for a host in a URL: this machine's name for all of its addresses, brackets around IPv6."""
+    if host in EVERYWHERE:
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 def allow_files() -> None:
