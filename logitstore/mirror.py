@@ -175,8 +175,10 @@ class Mirror:
         files = self._place(name)
         try:
             return question(files)
-        except FileNotFoundError:
-            again = self._place(name)  # another process may have trimmed the overlay since
+        except FileNotFoundError:  # another process may have trimmed the overlay since
+            if name.startswith(f"{INDEX}/"):
+                self._place(f"{INDEX}/{GROUP}")
+            again = self._place(name)
             if again is self.remote is files:
                 raise
             return question(again)

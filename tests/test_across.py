@@ -628,8 +628,11 @@ def test_of_many_documents_that_begin_alike_the_one_that_goes_on_alike_is_found(
 
 def test_a_live_sample_is_no_order_and_what_it_may_keep_instead_is_named(world: World, tmp_path: Path) -> None:
     options = {"student": str(other(world)), "teacher": str(world.teacher), "min_coverage": 0.1}
-    for asked in ({"cross_vocab": "uld"}, {"cross_vocab": "mapped", "loss": ("jsd",)}):
-        with pytest.raises(IncompatibleStoreError, match=r"threshold:16.*; type --select top-k:50, or --"):
+    for asked, why in (
+        ({"cross_vocab": "uld"}, r"threshold:16.*"),
+        ({"cross_vocab": "mapped", "loss": ("jsd",)}, "a sample needs its entries' own probabilities"),
+    ):
+        with pytest.raises(IncompatibleStoreError, match=f"{why}; type --select top-k:50, or --"):
             world.train(tmp_path / "o", **options, **asked)
 
 

@@ -326,6 +326,15 @@ def test_two_that_take_away_what_the_other_reads_both_go_on(
     assert nothing_half(tmp_path / "o")
 
 
+def test_an_index_that_another_process_takes_away_while_it_is_read_is_fetched_again(
+    served: tuple[Proxy, str], tmp_path: Path
+) -> None:
+    with mirrored(served[1], tmp_path / "o") as (mirror, _):
+        whole = mirror.mapped("index/keys/c/0").tobytes()
+        shutil.rmtree(mirror.folder / "index")
+        assert mirror.mapped("index/keys/c/0").tobytes() == whole
+
+
 def test_after_the_first_that_fails_nothing_is_begun() -> None:
     begun: list[str] = []
 
