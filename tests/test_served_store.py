@@ -262,7 +262,11 @@ def test_a_store_that_is_deleted_leaves_what_was_fetched(store: ZarrStore, tmp_p
             open_served(f"{url}/s", tmp_path / "o", 10**9)
 
 
-def test_a_budget_that_is_too_small_is_said_once(store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path) -> None:
+def test_a_budget_that_is_too_small_is_said_once(
+    store: ZarrStore, served: tuple[Proxy, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wait in ("PATIENCE_S", "SILENT_S", "IMPATIENCE_S"):  # a slow machine is no service that is gone
+        monkeypatch.setattr(f"logitstore.served_store.{wait}", 20)
     said: list[str] = []
     with closing(open_served(served[1], tmp_path / "o", 9000, said.append)) as near:
         for _ in range(2):
