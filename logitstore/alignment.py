@@ -100,12 +100,23 @@ def by_text(one: Spelled, other: Spelled) -> Alignment:
     own.
     """
     beyond = one.ends > common_prefix(one.text, other.text)
-    at = np.searchsorted(other.ends, one.ends, side="right") - 1
-    met = (at >= 0) & (other.ends[np.maximum(at, 0)] == one.ends) & ~beyond
-    met[:-1] &= one.ends[1:] != one.ends[:-1]
+    at, met = _meet(one.ends, other.ends)
+    met &= ~beyond
     if one.spaced or other.spaced:
         met &= one.ends > 0
     return Alignment(np.where(met, at, -1).astype(np.int32), beyond)
+
+
+def _meet(
+    ends: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """For each end [L] the number of the last of the others that is no greater, and whether it is equal; of several
+    equal ends only the last one's.
+    """
+    at = np.searchsorted(others, ends, side="right") - 1
+    met = (at >= 0) & (others[np.maximum(at, 0)] == ends)
+    met[:-1] &= ends[1:] != ends[:-1]
+    return at, met
 
 
 @dataclass(frozen=True)
@@ -150,9 +161,8 @@ def by_turns(one: Spelled, its: Sequence[Turn], other: Spelled, others: Sequence
             return None
         own = one.ends[mine.first - 1 : mine.stop] - start + place
         among = other.ends[theirs.first - 1 : theirs.stop]
-        at = np.searchsorted(among, own, side="right") - 1
-        same = (at >= 0) & (among[np.maximum(at, 0)] == own) & (own >= place)
-        same[:-1] &= own[1:] != own[:-1]
+        at, same = _meet(own, among)
+        same &= own >= place
         ends_alike = not space if cut else space == their_space
         if not ends_alike:
             same &= own < place + len(text)
