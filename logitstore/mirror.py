@@ -175,10 +175,8 @@ class Mirror:
         files = self._place(name)
         try:
             return question(files)
-        except FileNotFoundError:  # another process may have trimmed the overlay since
-            if name.startswith(f"{INDEX}/"):
-                self._place(f"{INDEX}/{GROUP}")
-            again = self._place(name)
+        except FileNotFoundError:
+            again = self._place(name)  # another process may have trimmed the overlay since
             if again is self.remote is files:
                 raise
             return question(again)
@@ -200,7 +198,7 @@ class Mirror:
             case [part, *_] if part == INDEX:
                 if remote is None:
                     raise FileNotFoundError(2, "there is no index of what was fetched", name)
-                if name == f"{INDEX}/{GROUP}":
+                if name == f"{INDEX}/{GROUP}" or not (self.folder / INDEX / GROUP).exists():
                     self._fetch_index(remote)
                 return self._beside
             case [part, *_] if part in (GROUP, "vocabulary", "shards"):
