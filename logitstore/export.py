@@ -13,7 +13,7 @@ from logitstore.contract import Store
 from logitstore.entries import require_outside_stores
 from logitstore.errors import ConfigError, StoreWriteError, first_line
 from logitstore.manifest import Manifest
-from logitstore.measures import UNKNOWN_LABEL
+from logitstore.measures import unknown_labels
 from logitstore.replaced import replaced
 from logitstore.targets import SparseTargets
 
@@ -122,8 +122,6 @@ def _unknown(
     """Of which positions the store has not what it is asked for, [P]."""
     if name == "entropy":
         return np.full(len(targets), "entropy" in manifest.unknown)
-    if name == "label_log_prob" and UNKNOWN_LABEL in manifest.unknown:
-        labels = token_ids[targets.positions + 1]
-        kept = (targets.ids == labels[:, None]) & (targets.weights > 0)
-        return np.asarray(~kept.any(axis=1))
+    if name == "label_log_prob":
+        return unknown_labels(targets, token_ids[targets.positions + 1], manifest)
     return np.zeros(len(targets), np.bool_)

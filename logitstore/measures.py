@@ -91,6 +91,16 @@ def label_is_likeliest(token_ids: npt.NDArray[np.integer], targets: SparseTarget
     return np.asarray((of_label > 0) & (of_label >= head.max(axis=1)))
 
 
+def unknown_labels(
+    targets: SparseTargets, labels: npt.NDArray[np.integer], manifest: Manifest
+) -> npt.NDArray[np.bool_]:
+    """Of which of N positions with these labels [N] the store does not know the label's log-prob, [N]."""
+    if UNKNOWN_LABEL not in manifest.unknown:
+        return np.zeros(len(targets), np.bool_)
+    kept = (targets.ids == labels[:, None]) & (targets.weights > 0)
+    return np.asarray(~kept.any(axis=1))
+
+
 def unknown(manifest: Manifest) -> dict[str, str]:
     """The measures that a store cannot give, and why."""
     found = {}

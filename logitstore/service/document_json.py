@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from logitstore.inspect import NO_TOKEN
 from logitstore.manifest import Manifest
-from logitstore.measures import UNKNOWN_LABEL
+from logitstore.measures import unknown_labels
 from logitstore.targets import SparseTargets
 from logitstore.vocabulary import Vocabulary
 
@@ -51,10 +51,8 @@ def document_json(
     place, kept, head = _order(shown)
     ids = np.take_along_axis(shown.ids, place, axis=1)
     rows = np.minimum(kept, MOST_ENTRIES).tolist()
-    surprise: list[float | None] = _rounded(-shown.label_log_prob)
-    if UNKNOWN_LABEL in manifest.unknown:
-        is_kept = ((shown.ids == labels[:, None]) & (shown.weights > 0)).any(axis=1)
-        surprise = [value if known else None for value, known in zip(surprise, is_kept, strict=True)]
+    unknown = unknown_labels(shown, labels, manifest)
+    surprise = [None if lost else value for value, lost in zip(_rounded(-shown.label_log_prob), unknown, strict=True)]
     of_rows = [row[:n] for row, n in zip(ids.tolist(), rows, strict=True)]
     own = None if shown.log_probs is None else np.exp(shown.log_probs)
     named = sorted({*ids_here, *(token for row in of_rows for token in row)})
