@@ -38,6 +38,8 @@ ZERO = 255
 SMALLEST = ZERO - 1
 PROBS = np.append(np.exp(-np.arange(ZERO) / STEPS_PER_NAT), 0.0)
 """float64 [256]; the probability that each code stands for."""
+LEAST = float(PROBS[SMALLEST])
+"""The least of these but none, 1.3e-7."""
 LARGEST_WEIGHT = np.exp(4.0)
 """`random:N:t` with t other than 1: a weight is this times what its code stands for."""
 _PROBS32 = PROBS.astype(np.float32)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logitstore.codec import PROBS, SMALLEST
+from logitstore.codec import LEAST
 from logitstore.contract import Store
 from logitstore.fidelity import Fidelity
 from logitstore.hidden_states import layer_width
@@ -87,7 +87,7 @@ def _selection(recipe: dict[str, Any]) -> str:
     if recipe["replicas"] > 1:
         text += f", {recipe['replicas']} draws"
     if recipe["tail_log_probs"]:
-        text += f", with the tail's own log-probs down to log({PROBS[SMALLEST]:.1e})"
+        text += f", with the tail's own log-probs down to log({LEAST:.1e})"
     if recipe["log_z"]:
         text += f", with log Z at {_listed(recipe['log_z'])}"
     return text

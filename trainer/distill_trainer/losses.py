@@ -35,7 +35,7 @@ from distill_kernels.sorted_l1 import SortedL1
 
 from distill_trainer.spans import OfSpans
 from distill_trainer.taid import START
-from logitstore.codec import PROBS, SMALLEST
+from logitstore.codec import LEAST
 from logitstore.errors import ConfigError, IncompatibleStoreError
 from logitstore.recipe import Recipe
 
@@ -125,7 +125,7 @@ class Term:
             return SoftCE(temperature)
         divergence = _DIVERGENCES[self.name](*self.own)
         if not selection.unbiased and self.name == "reverse-kl":
-            return FlooredReverseKL(temperature, least=PROBS[SMALLEST])  # less is kept as none
+            return FlooredReverseKL(temperature, least=LEAST)  # less is kept as none
         if not selection.unbiased:
             return BucketLoss(temperature, divergence=divergence)
         if self.name == "kl":

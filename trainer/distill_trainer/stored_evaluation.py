@@ -18,7 +18,7 @@ from tqdm import tqdm
 from distill_trainer.batches import Batch, Weighing, collate
 from distill_trainer.comparison import BINS, TOP, calibration, common, log_softmax, perplexity, top
 from distill_trainer.losses import Loss, loss_of
-from logitstore.codec import PROBS, SMALLEST
+from logitstore.codec import LEAST
 from logitstore.contract import Store
 from logitstore.errors import DatasetError, IncompatibleStoreError
 from logitstore.forward import logit_rows
@@ -29,7 +29,7 @@ from logitstore.recipe import Recipe
 from logitstore.sequences import TokenSequence
 from logitstore.targets import SparseTargets
 
-FLOOR = f"{PROBS[SMALLEST]:.1e}"
+FLOOR = f"{LEAST:.1e}"
 """The least probability that a sampled entry is kept with: where the student gives much to rarer tokens, a reverse KL
 from their kept log-probs is too small."""
 
