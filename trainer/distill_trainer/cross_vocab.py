@@ -68,6 +68,7 @@ def crossing_of(
         several.require_coverage(config, some, say)
         return several
     crossing = Crossing(config, teachers, tokenizer, student, width)
+    crossing.require_names()
     say(f"the teacher's tokenizer is another one; {crossing.described(student.name)}")
     coverage = crossing.coverage(some, "mapped" if config.cross_vocab == "auto" else config.cross_vocab)
     if config.cross_vocab == "auto":

@@ -212,7 +212,6 @@ class Crossing:
         Raises:
             IncompatibleStoreError: it is not.
         """
-        self.require_names()
         if self.method != "mapped" and config.loss != ("kl",):
             raise IncompatibleStoreError(
                 f"--cross-vocab {self.method} has a loss of its own, and --loss names {', '.join(config.loss)}; leave "
